@@ -185,6 +185,7 @@ MAX_PROBE_S = 60
 RECV_BYTES = 16_384                 # every stream holds such a buffer while it waits for bytes
 # How long a silent upstream goes before its client is looked at again.
 PATIENCE_MS = 50
+ACCEPT_S = 1.0                     # between two looks whether a server is to end
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
 # So much of a stream is held back to see whether it begins with an error.
@@ -821,14 +822,10 @@ def _is_user_turn(content: object) -> bool:
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     """The `word:` trigger that a user's message begins with, or ""."""
-    words = user_text[:4096].split(None, 1)
-    if not words:
+    begins = user_text[:4096].lstrip().lower()
+    if begins.startswith("[") or not begins.startswith(tuple(triggers)):
         return ""
-    word = words[0].lower()
-    for trigger in triggers:
-        if not trigger.startswith("[") and word.startswith(trigger):
-            return trigger
-    return ""
+    return next((trigger for trigger in triggers if begins.startswith(trigger)), "")
 
 
 def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
@@ -880,7 +877,7 @@ _OUTPUT_KEYS = frozenset(
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
-_COUNTED_KEYS = (*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS)
+_COUNTED_KEYS = frozenset({*_SYSTEM_KEYS, *_PROMPT_KEYS, *_SCHEMA_KEYS})
 
 
 def _output_tokens_asked(body: Mapping[str, Any]) -> int:
@@ -913,8 +910,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in _COUNTED_KEYS:
-        if key not in body:
+    for key in body:
+        if key not in _COUNTED_KEYS:
             continue
         if key in _SYSTEM_KEYS:
             systems.append(body[key])
@@ -996,10 +993,10 @@ def class_tokens(texts: Sequence[str]) -> int:
 RUNGS: Dict[str, Tuple[str, str]] = {
     "fim": ("fast", "infill belongs to the fast tier"),
     "trigger": ("ultra", "{trigger} asks for the top tier"),
-    "high": ("ultra", "{tokens} tokens <= {high}: top tier"),
-    "mid": ("agent", "{tokens} tokens <= {mid}: heavy local coder"),
-    "floor": ("agent", "{tokens} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
-    "long": ("fast", "{tokens} tokens > {mid}: stepping down to the long window"),
+    "high": ("ultra", "{tokens:,} tokens <= {high:,}: top tier"),
+    "mid": ("agent", "{tokens:,} tokens <= {mid:,}: heavy local coder"),
+    "floor": ("agent", "{tokens:,} tokens, {turns} user turns >= {floor}: keep the heavy coder"),
+    "long": ("fast", "{tokens:,} tokens > {mid:,}: stepping down to the long window"),
 }
 
 
@@ -1123,6 +1120,9 @@ class Leaving(NamedTuple):
         return text
 
 
+STAYS = Leaving()                               # what most requests do
+
+
 def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int) -> float:
     """Seconds that a prompt takes longer on a new tier than on the old one; 0.0: not known."""
     new_s = new.turn_s(tokens, new_held)
@@ -1169,6 +1169,7 @@ class Decision(NamedTuple):
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
+    held: bool = True                           # by a tier at least
 
     @property
     def tokens(self) -> int:
@@ -1178,8 +1179,8 @@ class Decision(NamedTuple):
         role, words = RUNGS[self.rung]
         routing, facts = self.config.routing, self.facts
         reason = words.format(
-            trigger=facts.trigger, tokens=f"{facts.tokens:,}", turns=facts.turns,
-            high=f"{routing.high_fidelity_ceiling:,}", mid=f"{routing.mid_fidelity_ceiling:,}",
+            trigger=facts.trigger, tokens=facts.tokens, turns=facts.turns,
+            high=routing.high_fidelity_ceiling, mid=routing.mid_fidelity_ceiling,
             floor=routing.multi_turn)
         if self.preference[0].role != role:
             reason += f" (no {role} tier here)"
@@ -1194,8 +1195,8 @@ class Decision(NamedTuple):
         best, chosen = self.preference[0], self.chain[0]
         if self.stays:
             return f"{reason}; stays on {self.tier}, {self.stays}"
-        need = tokens_needed(self.facts, chosen)
-        if need > chosen.ctx_size:
+        if not self.held:
+            need = tokens_needed(self.facts, chosen)
             return (f"{reason}; no tier holds {need:,} tokens,"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
@@ -1252,12 +1253,14 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
-    holds = [t for t in order if tokens_needed(facts, t) <= t.ctx_size]
+    tokens = facts.full_tokens
+    holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order)
+    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
+                    held=bool(holds))
 
 
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
@@ -2134,6 +2137,7 @@ def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, .
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
     aliases: Dict[str, Tuple[str, ...]] = {}
+
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
@@ -3069,6 +3073,7 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
     model = json.dumps(hosted_model(tier))[1:-1]
     if tier.backend == "litellm":
         model = entry_name(tier)
@@ -4742,6 +4747,7 @@ class Request(NamedTuple):
     expects: bool                               # Expect: 100-continue
     fields: Dict[bytes, bytes]                  # lower-case name -> first value
     length: int
+    words: FrozenSet[bytes] = frozenset()       # of its Connection headers, in lower case
 
     def header(self, name: bytes) -> str:
         return self.fields.get(name, b"").decode("latin-1")
@@ -4804,16 +4810,10 @@ def _split_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
-# A client says most of its lines with each of its requests. Only short ones: they stay in memory.
-KNOWN_LINE_BYTES = 256
+# A client says most of its lines with each of its requests. Only of short heads: they stay in
+# memory.
+KNOWN_HEAD_BYTES = 2048
 _known_header = functools.lru_cache(maxsize=256)(_split_header)
-
-
-def _parse_header(line: bytes) -> Header:
-    """Errors: ValueError."""
-    if len(line) > KNOWN_LINE_BYTES:
-        return _split_header(line)
-    return _known_header(line)
 
 
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
@@ -4868,7 +4868,8 @@ def parse_request_head(head: bytes) -> Request:
     """
     try:
         first, *lines = _split_head(head)
-        headers = [_parse_header(line) for line in lines[:MAX_HEADERS]]
+        parse = _known_header if len(head) <= KNOWN_HEAD_BYTES else _split_header
+        headers = tuple(map(parse, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
     method, target, minor = _parse_request_line(first)
@@ -4883,17 +4884,19 @@ def parse_request_head(head: bytes) -> Request:
     length = _request_length(fields, minor)
     if minor == 1 and b"host" not in fields:
         raise HttpError(400, "a Host header is needed")
-    expect = fields.get(b"expect", b"").lower()
-    if expect not in (b"", b"100-continue"):
+    expect = fields.get(b"expect", b"")
+    if expect and expect.lower() != b"100-continue":
         raise HttpError(417, "only Expect: 100-continue is known")
-    words = _connection_words(headers)
+    words: FrozenSet[bytes] = frozenset()
+    if b"connection" in fields:
+        words = _connection_words(headers)
     stays = minor == 1 or b"keep-alive" in words
     return Request(
-        method, target, minor, tuple(headers),
+        method, target, minor, headers,
         keep_alive=stays and b"close" not in words,
         upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
         expects=minor == 1 and expect != b"",
-        fields=fields, length=length,
+        fields=fields, length=length, words=words,
     )
 
 
@@ -4930,7 +4933,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
         raise ValueError("no HTTP status line")
     minor, code, reason = match.groups()
     status = int(code)
-    headers = [_parse_header(line) for line in lines]
+    headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
     coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
     length = _response_length(headers)
@@ -5079,7 +5082,7 @@ class ChunkFraming:
             self._state = _DONE
             return
         _refuse_controls(line)
-        _parse_header(line)
+        _split_header(line)
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"more than {MAX_HEADERS} trailers")
@@ -5246,13 +5249,14 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
     Origin or Sec-Fetch-Site (an <img> sends no Origin, and GET /unload has effects). `origins` and
     `hosts` are patterns of those that may ask all the same.
     """
-    host, origin = request.header(b"host"), request.header(b"origin")
+    host = request.header(b"host")
     if loopback and host and not is_loopback(host):
         name = host.lower().partition(":")[0]
         if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
             return (f"Host {host!r} is not this machine; use 127.0.0.1,"
                     " or name it in allowed_hosts of models.ini")
-    if origin:
+    if b"origin" in request.fields:
+        origin = request.header(b"origin")
         place = origin.split("://", 1)[-1]
         if any(origin_matches(origin, pattern) for pattern in origins):
             return ""
@@ -5400,35 +5404,32 @@ def client_named(fields: Mapping[bytes, bytes]) -> str:
     return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
 
 
-def conversation_key(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> str:
-    """What tells a conversation from others: its client's name for it, else how it begins."""
+def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
+    """What tells a conversation from others, and its own requests from side requests.
+
+    The first is its client's name for it, else how it begins; the second has the user's first
+    message, too. Texts are hashed, anew in each process. "" where there is no conversation.
+    """
+    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
+    first: Optional[str] = None
+    for message in _messages(body):
+        text = _plain_text(message.get("content"))
+        begins.append(text)
+        if message.get("role") == "user":
+            first = text
+            break
+    named = body.get("prompt_cache_key") or body.get("session_id")
     for name in _SESSION_HEADERS:
         if fields.get(name):
-            return fields[name].decode("latin-1")[:200]
-    named = body.get("prompt_cache_key") or body.get("session_id")
-    if isinstance(named, str) and named:
-        return named[:200]
-    import zlib
-    begins = [_plain_text(body[key]) for key in _SYSTEM_KEYS if key in body]
-    for message in _messages(body):
-        begins.append(_plain_text(message.get("content")))
-        if message.get("role") == "user":
+            named = fields[name].decode("latin-1")
             break
-    text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
-    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}{len(text):x}" if text else ""
-
-
-def thread_key(conversation: str, body: Mapping[str, Any]) -> str:
-    """Tells a session's own conversation from side requests under the same name.
-
-    By the user's first message, hashed anew in each process; "" where there is no conversation.
-    """
-    if not conversation:
-        return ""
-    for message in _messages(body):
-        if message.get("role") == "user":
-            return f"{conversation}/{hash(_plain_text(message.get('content'))):x}"
-    return ""
+    key = named[:200] if isinstance(named, str) else ""
+    if not key:
+        text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+        key = f"{hash(text):x}" if text else ""
+    if not key or first is None:
+        return key, ""
+    return key, f"{key}/{hash(first):x}"
 
 
 Segments = Tuple[int, ...]                      # digest and characters, in turn
@@ -5732,6 +5733,8 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
 # ==================================================================================================
 # PURE: DOWNLOADS
 # ==================================================================================================
+# What is to be fetched from the hub for which tier, as jobs of a queue. Names come from models.ini
+# and from a queue that a clone may have brought along: none leads out of its directory.
 
 
 class Job(NamedTuple):
@@ -5751,15 +5754,13 @@ class Job(NamedTuple):
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
     files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)) or not files:
+    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
         return None
-    job = Job(str(row.get("tier")), str(row.get("label")), str(row.get("repo")),
-              tuple(map(str, files)), tuple(map(str, beside)))
-    if not _NAME.match(job.tier) or job.label not in ("current", "next"):
+    tier, label, repo = (str(row.get(key)) for key in ("tier", "label", "repo"))
+    job = Job(tier, label, repo, tuple(map(str, files)), tuple(map(str, beside)))
+    if not _NAME.match(tier) or label not in ("current", "next") or not _REPO.match(repo):
         return None
-    if not _REPO.match(job.repo):
-        return None
-    if not all(_HUB_PATH.match(file) for file in (*job.files, *job.beside)):
+    if not files or not all(map(_HUB_PATH.match, job.files + job.beside)):
         return None
     return job
 
@@ -5774,49 +5775,55 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
         return (file,)
     stem, _, count = match.groups()
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in range(1, int(count) + 1))
+    numbers = range(1, int(count) + 1)
+    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
 
 
 def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
     """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
-    known = [name for tier in config.tiers for name in (tier.name, *tier.aliases)]
+    known = [name for tier in config.tiers for name in tier.names]
+    asked = set()
     for name in names:
-        if config.by_name(name) is None:
+        tier = config.by_name(name)
+        if tier is None:
             raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
                             "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-    asked = {config.by_name(name) for name in names}
-    return [tier for tier in config.tiers if tier in asked]
+        asked.add(tier.name)
+    return [tier for tier in config.tiers if tier.name in asked]
 
 
-def _files_by_repo(config: Config) -> Dict[str, List[str]]:
-    """Repository -> the files of it that any tier has, on either channel, each once."""
-    wanted: Dict[str, Dict[str, None]] = {}
-    for tier in config.tiers:
-        if tier.backend != "gguf":
-            continue
+# Repository -> files of it, each once, in the order in which they are wanted.
+_RepoFiles = Dict[str, Dict[str, None]]
+
+
+def _tier_files(tier: Tier) -> _RepoFiles:
+    """What a local tier needs of the hub on its channel; its model's repository is the first."""
+    weights = weights_for(tier)
+    wanted: _RepoFiles = {}
+    for repo, file in [(weights.repo, weights.file), *hub_files(tier)]:
+        if repo:
+            parts = dict.fromkeys(split_parts(file))
+            wanted.setdefault(repo, {}).update(parts)
+    return wanted
+
+
+def _project_files(config: Config) -> _RepoFiles:
+    """What all tiers need, on either channel."""
+    wanted: _RepoFiles = {}
+    for tier in local_tiers(config):
         for channel in ("current", "next"):
-            tier = tier.on_channel(channel)
-            weights = weights_for(tier)
-            if weights.repo:
-                parts = dict.fromkeys(split_parts(weights.file))
-                wanted.setdefault(weights.repo, {}).update(parts)
-            for repo, file in hub_files(tier):
-                wanted.setdefault(repo, {}).update(dict.fromkeys(split_parts(file)))
-    return {repo: list(files) for repo, files in wanted.items()}
+            for repo, files in _tier_files(tier.on_channel(channel)).items():
+                wanted.setdefault(repo, {}).update(files)
+    return wanted
 
 
-def _tier_jobs(tier: Tier, label: str, repo: str, files: Tuple[str, ...],
-               wanted: Mapping[str, Sequence[str]]) -> List[Job]:
+def _tier_jobs(tier: Tier, label: str, wanted: _RepoFiles) -> List[Job]:
     """A tier's model with what it needs of the same repository, then what it needs of others."""
-    repos = {repo: list(files)}
-    for other, file in hub_files(tier.on_channel(label)):
-        repos.setdefault(other, []).extend(split_parts(file))
     jobs: List[Job] = []
-    for number, (name, names) in enumerate(repos.items()):
-        own = tuple(dict.fromkeys(names))
-        beside = tuple(file for file in wanted[name] if file not in own)
-        suffix = f".more{number}" if number else ""
-        jobs.append(Job(tier.name + suffix, label, name, own, beside))
+    for repo, files in _tier_files(tier.on_channel(label)).items():
+        beside = tuple(file for file in wanted[repo] if file not in files)
+        suffix = f".more{len(jobs)}" if jobs else ""
+        jobs.append(Job(tier.name + suffix, label, repo, tuple(files), beside))
     return jobs
 
 
@@ -5829,7 +5836,7 @@ def plan_downloads(config: Config, names: Sequence[str],
     tiers = list(config.tiers)
     if names:
         tiers = named_tiers(config, names)
-    wanted = _files_by_repo(config)
+    wanted = _project_files(config)
     jobs: List[Job] = []
     skipped: List[str] = []
     for label in labels:
@@ -5840,8 +5847,7 @@ def plan_downloads(config: Config, names: Sequence[str],
             elif weights.path:
                 skipped.append(f"{tier.name} is on this disk already: {weights.path}")
             elif weights.channel == label:
-                files = split_parts(weights.file)
-                jobs += _tier_jobs(tier, label, weights.repo, files, wanted)
+                jobs += _tier_jobs(tier, label, wanted)
     return jobs, list(dict.fromkeys(skipped))
 
 
@@ -5849,8 +5855,8 @@ def plan_downloads(config: Config, names: Sequence[str],
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts
-# nothing that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. It may touch the disk and run small system programs; it starts no
+# process that stays, opens no socket and knows nothing of a stack.
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -6788,6 +6794,11 @@ def leave_core() -> None:
         pass
 
 
+def in_background(name: str, work: Callable[..., None], *args: Any) -> None:
+    """Do some work in a thread that keeps nobody from ending."""
+    threading.Thread(target=work, args=args, name=name, daemon=True).start()
+
+
 def more_files() -> None:
     """Raise the soft limit of open files (256 on a Mac): 512 clients need two sockets each."""
     if IS_WINDOWS:
@@ -7177,16 +7188,11 @@ def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None
     _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
 
 
-def record_trust(places: Places, *parts: str) -> None:
-    """trust_project, for who holds the trust_lock."""
-    for part in parts or _PARTS:
-        record_effects(places, part, part_effects(places, part))
-
-
 def trust_project(places: Places, *parts: str) -> None:
     """Trust what .llmstack/ holds now, both parts where none is named. Errors: UserError."""
     with trust_lock(places):
-        record_trust(places, *parts)
+        for part in parts or _PARTS:
+            record_effects(places, part, part_effects(places, part))
 
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
@@ -7865,8 +7871,8 @@ class PrivateEnvironment(NamedTuple):
     package: str
     module: str                                 # what is imported as proof that it works
     what: str                                   # for people, with the size of the download
-    oldest: Tuple[int, int] = (3, 9)            # Pythons that its wheels are built for
-    newest: Tuple[int, int] = (3, 14)
+    oldest: int = 9                             # 3.9 to 3.14: Pythons its wheels are built for
+    newest: int = 14
     otherwise: str = ""                         # what to do where it cannot be installed
     hashes: Tuple[str, ...] = ()                # SHA-256 of its wheels, where it comes alone
 
@@ -7877,7 +7883,7 @@ class PrivateEnvironment(NamedTuple):
 
 LLAMA_CPP = PrivateEnvironment(
     "llama-cpp", LLAMA_CPP_PIN, "xllamacpp", "xllamacpp",
-    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", (3, 10), (3, 14),
+    f"llama.cpp's server (xllamacpp {LLAMA_CPP_PIN}, 34 MB)", 10, 14,
     "or install llama.cpp yourself", (
         "4ecda27a308b2403aa13c9d04b270befab95edc556c24ed00b2f8a98bd7f6781",
         "1f2a08052bb653659bcf1bedbbaf86b97f41dd46aa2763d596d7f27c5d89a689",
@@ -7889,7 +7895,7 @@ OLDEST_PIP = (22, 3)                            # of those that know --python
 
 LITELLM = PrivateEnvironment(
     "litellm", LITELLM_PIN, "litellm[proxy]", "litellm.proxy.proxy_server",
-    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", (3, 10), (3, 13),
+    f"LiteLLM's proxy (litellm {LITELLM_PIN}, 170 MB, 760 MB on the disk)", 10, 13,
     "or install it yourself and name its program in LITELLM_BIN: uv tool install 'litellm[proxy]'")
 
 
@@ -7945,9 +7951,10 @@ def _is_python(program: str, minor: int) -> bool:
 
 def suitable_python(wanted: PrivateEnvironment) -> str:
     """A Python that an environment's wheels are built for: this one, else the newest, or ""."""
-    if wanted.oldest <= sys.version_info[:2] <= wanted.newest:
+    minors = range(wanted.oldest, wanted.newest + 1)
+    if sys.version_info[1] in minors:
         return sys.executable
-    for minor in range(wanted.newest[1], wanted.oldest[1] - 1, -1):
+    for minor in reversed(minors):
         python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
@@ -8064,7 +8071,7 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
         return
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest[1]} to 3.{wanted.newest[1]},"
+        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
     with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
@@ -8182,13 +8189,14 @@ class Client:
             if may_skip and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 may_skip = False
-            if not buffer and self.served:
+            if buffer:
+                end = head_end(buffer, searched)
+                if end >= 0:
+                    self._buffer = bytes(buffer[end + 4:])
+                    return bytes(buffer[:end])
+                searched = len(buffer)
+            elif self.served:
                 self.asking_since = 0.0
-            end = head_end(buffer, searched)
-            if end >= 0:
-                self._buffer = bytes(buffer[end + 4:])
-                return bytes(buffer[:end])
-            searched = len(buffer)
             try:
                 data = self._sock.recv(RECV_BYTES)
                 if not data:
@@ -8618,16 +8626,13 @@ class Outcome(NamedTuple):
     """How a relay ended.
 
     state: done | broken (in the middle) | rejected (not passed on) | unreachable | failed (a load).
-
-    `said` is the beginning of the answer (of a stream the first event) and its last bytes:
-    what it counts stands there.
     """
 
     state: str
     status: int = 0
     detail: str = ""
     retry_after_s: float = 0.0
-    said: bytes = b""
+    counts: Counts = NOTHING_COUNTED            # what the answer says of its tokens
     first_byte_s: float = 0.0                   # from the sending of the request
     # Of a hosted answer, in dollars, where LiteLLM says it.
     cost: float = 0.0
@@ -8819,11 +8824,11 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
              b"Host: " + upstream.authority]
-    drop = drop | _DROPPED
+    drop = drop.union(_DROPPED, request.words)
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += end_to_end(request.headers, drop)
+    lines += [line for name, _, line in request.headers if name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -8941,6 +8946,10 @@ class _Answer:
             return payload
         framed = chunk(payload) if payload else b""
         return framed + b"0\r\n\r\n" if last else framed
+
+    def counts(self) -> Counts:
+        """Of its tokens; they stand at its beginning (of a stream in its first event) or end."""
+        return tokens_said(self.first + b"\n" + self.tail)
 
     def why_broken(self, at_close: bool = False) -> str:
         """Why an answer that ended is broken all the same, "" when it is whole.
@@ -9157,7 +9166,7 @@ class _Relay:
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
-        return Outcome("done", response.status, "", 0.0, answer.first + b"\n" + answer.tail,
+        return Outcome("done", response.status, "", 0.0, answer.counts(),
                        self._first_byte_s, _cost(response))
 
     def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
@@ -9186,15 +9195,12 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
-    is passed on. `body` is emptied once an answer goes on, and stays whole where none does.
+    is passed on. `body` gets the head in front, and is emptied once an answer goes on.
     Errors: ClientGone, after the upstream's connection has been closed.
     """
     head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
     body.insert(0, head)
-    try:
-        return _Relay(client, request, body, terms).run(upstream)
-    finally:
-        del body[:1]
+    return _Relay(client, request, body, terms).run(upstream)
 
 
 def _cost(response: Response) -> float:
@@ -9280,7 +9286,7 @@ class Server:
         self._lock = threading.Lock()
         self._clients: Set[Client] = set()      # whose threads run
         self._refused: List[Client] = []        # told why, and closed a little later
-        self._stopping = threading.Event()
+        self._stopping = False
         self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -9298,14 +9304,26 @@ class Server:
 
     def serve_forever(self, every_s: float = 1.0) -> None:
         """Accept until shutdown(); the housekeeping is done each time so many seconds have gone."""
-        due = time.monotonic() + every_s
-        while not self._stopping.is_set():
-            self._accept(due - time.monotonic())
-            if time.monotonic() >= due:
-                due = time.monotonic() + every_s
-                self._close_refused()
-                self._return_memory()
-                self._app.every_second()
+        accepting = threading.Thread(target=self._accept_all, name="accept", daemon=True)
+        accepting.start()
+        accepting.join(every_s)
+        while accepting.is_alive():
+            self._close_refused()
+            self._return_memory()
+            self._app.every_second()
+            accepting.join(every_s)
+
+    def _accept_all(self) -> None:
+        """Accept until shutdown(), on the core of the connections' threads; they inherit it.
+
+        On another, it waits there for the interpreter's lock between two clients, as each thread
+        does that begins on one core and moves: until 64 streams that begin together all have their
+        first event, that takes 2.3 times the processor time, and they wait twice as long.
+        """
+        stay_on_core(self._core)
+        self._socket.settimeout(ACCEPT_S)
+        while not self._stopping:
+            self._accept()
 
     def _return_memory(self) -> None:
         if self._used and time.monotonic() - self._returned > RETURN_MEMORY_S:
@@ -9316,21 +9334,24 @@ class Server:
         return len(self._clients)
 
     def shutdown(self) -> None:
-        """Make serve_forever() return; for other threads."""
-        self._stopping.set()
+        """Make serve_forever() return; for other threads, and signals."""
+        self._stopping = True                   # no Event: a signal may come while that is locked
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)     # on Linux, accept() returns at once
+        except OSError:
+            pass
 
     def server_close(self) -> None:
         self._socket.close()
         self._close_refused()
 
-    def _accept(self, wait_s: float) -> None:
+    def _accept(self) -> None:
         try:
-            self._socket.settimeout(max(wait_s, 0.001))
             sock, _ = self._socket.accept()
         except _LAPSED:
             return
         except OSError:                         # no descriptor is free, or it has been closed
-            self._stopping.wait(0.05)
+            time.sleep(0.05)
             return
         try:
             client = Client(sock, self._head_timeout_s)
@@ -9368,7 +9389,6 @@ class Server:
         return True
 
     def _serve(self, client: Client) -> None:
-        stay_on_core(self._core)
         try:
             serve_connection(client, self._app)
         finally:
@@ -9385,11 +9405,14 @@ class Server:
         client.half_close()
         self._refused.append(client)
         if len(self._refused) > self._most // 4:
-            self._refused.pop(0).close()
+            self._close_refused(1)
 
-    def _close_refused(self) -> None:
-        while self._refused:
-            self._refused.pop().close()
+    def _close_refused(self, most: int = MAX_CONNECTIONS) -> None:
+        """Close so many of those that were refused, the first first."""
+        with self._lock:
+            closing, self._refused = self._refused[:most], self._refused[most:]
+        for client in closing:
+            client.close()
 
 
 def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
@@ -9443,7 +9466,7 @@ class Lease:
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
         if self.bay is not None and outcome.state == "done":
-            self.bay.note(self._target, self._body, tokens_said(outcome.said))
+            self.bay.note(self._target, self._body, outcome.counts)
 
     def end(self) -> None:
         """Give the place back; once, whatever has happened."""
@@ -9843,9 +9866,9 @@ class Recorder:
                 pass
 
 
-def record_row(facts: Facts, path: str, tier: str, counts: Counts,
-               outcome: Outcome) -> Dict[str, Any]:
+def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str, Any]:
     """What the record says of one request: counts, times and names, no text."""
+    counts = outcome.counts
     row: Dict[str, Any] = {
         "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
@@ -9940,11 +9963,12 @@ class Counters:
         tier = row["tier"]
         with self._lock:
             self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
-            self._add("llmstack_fallbacks_total", (), len(row.get("fallbacks", ())))
+            if "fallbacks" in row:
+                self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
             for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
                 if row[key]:
                     self._add("llmstack_tokens_total", (tier, kind), row[key])
-            if row.get("cost"):
+            if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
             if row["ended"] in ("done", "broken"):
@@ -9994,7 +10018,7 @@ class Events:
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
         self._lock = threading.Lock()
-        self._salt = os.urandom(16)
+        self._salt = os.urandom(16).hex()
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
@@ -10006,11 +10030,9 @@ class Events:
 
     def name_of(self, conversation: str) -> str:
         """What a conversation is called: a hash of its key that nobody can look up."""
-        import hashlib
         if not conversation:
             return ""
-        digest = hashlib.sha256(self._salt + conversation.encode("utf-8", "replace"))
-        return digest.hexdigest()[:12]
+        return f"{hash(self._salt + conversation) % 2**48:012x}"
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
@@ -10455,6 +10477,9 @@ class Conversation(NamedTuple):
     segments: Segments = ()                     # of the prompt answered last
 
 
+NEW_CONVERSATION = Conversation()
+
+
 class Conversations:
     """The last conversations, by key, the oldest forgotten first."""
 
@@ -10465,7 +10490,7 @@ class Conversations:
 
     def get(self, key: str) -> Conversation:
         with self._lock:
-            found: Conversation = self._known.get(key, Conversation())
+            found: Conversation = self._known.get(key, NEW_CONVERSATION)
             return found
 
     def learn(self, key: str, estimate: int, truth: int) -> None:
@@ -10481,7 +10506,7 @@ class Conversations:
 
     def _keep(self, key: str, **fields: Any) -> None:
         with self._lock:
-            known: Conversation = self._known.pop(key, Conversation())
+            known: Conversation = self._known.pop(key, NEW_CONVERSATION)
             self._known[key] = known._replace(**fields)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
@@ -10496,6 +10521,7 @@ class Snapshot(NamedTuple):
     barred: Mapping[str, str]                   # tiers that cannot answer, with the reason
     asked: Config                               # as it was read: `config` has the contexts served
     served: Mapping[str, int]                   # by tier, tokens
+    names: Tuple[str, ...]                      # patterns for this machine's own
 
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
@@ -10504,12 +10530,16 @@ _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
     b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
     b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+
+_JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
+
+
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
     """A client's request and its target as a host gets them: no credentials but the host's own.
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
-    drop = _OF_THE_CLIENT | _connection_words(request.headers)
+    drop = _OF_THE_CLIENT | request.words
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
@@ -10522,9 +10552,8 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     Errors: HttpError 400, 408, 413, 415; ClientGone.
     """
     body = client.read_body(request)
-    coding = request.header(b"content-encoding")
     if b"content-encoding" in request.fields:
-        body = decoded_body(coding, body)
+        body = decoded_body(request.header(b"content-encoding"), body)
         others = tuple(h for h in request.headers if h[0] != b"content-encoding")
         request = request._replace(headers=others)
     if body.startswith(b"\xef\xbb\xbf{"):
@@ -10560,7 +10589,11 @@ def _as_json(request: Request) -> Request:
 
 
 class Asked:
-    """An inference request, read. Its body goes once an answer has begun."""
+    """An inference request, read, and how far it is. Its body goes once an answer has begun."""
+
+    tier = ""                                   # that is asked now
+    lease: Optional[Lease] = None               # its place there
+    wait_s = 0.0                                # until its models were ready, of all tiers tried
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
                  values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
@@ -10576,10 +10609,10 @@ class Asked:
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
-        self.conversation = conversation_key(request.fields, values)
-        self.thread = thread_key(self.conversation, values)
+        self.conversation, self.thread = conversation_keys(request.fields, values)
+        self.known = NEW_CONVERSATION           # by the answers to its earlier turns
         self.segments: Segments = ()            # of its prompt, once its model is at work
-        self.leaving = Leaving()
+        self.leaving = STAYS
 
     def look_at_prompt(self) -> bytes:
         """Take the prompt's digests while its model is at work; no header comes of it."""
@@ -10601,6 +10634,21 @@ class Asked:
         self.body = b""
         self.values = {}
 
+    def row(self, number: int) -> Dict[str, Any]:
+        """Its row of /llmstack/requests. Nothing of its text is in it."""
+        lease, stage, share = self.lease, "", 0.0
+        if lease is not None:
+            stage = lease.stage()
+        if not stage and not self.body:         # let go of when the answer begins
+            stage = "writing"
+        if not stage:
+            stage = "reading the prompt"
+            share = lease.prompt_read() if lease is not None else 0.0
+        seconds = round(time.monotonic() - self.began_s, 1)
+        return {"id": number, "model": str(self.model or "auto"),
+                "tier": self.tier, "path": self.path, "stream": self.stream,
+                "stage": stage + percent_words(share), "since_s": seconds}
+
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
@@ -10611,42 +10659,12 @@ def unknown_model(config: Config, model: object) -> HttpError:
                           f" {', '.join(names)}", "not_found")
 
 
-class Ongoing:
-    """An inference request that is under way, for who looks on."""
-
-    def __init__(self, number: int, client: Client, asked: Asked) -> None:
-        self.number, self._client, self.asked = number, client, asked
-        self.tier = ""
-        self.lease: Optional[Lease] = None
-        self.wait_s = 0.0                       # until its models were ready, of all tiers tried
-
-    def stop(self) -> None:
-        """End it, as if its client had left."""
-        self._client.give_way()
-
-    def row(self) -> Dict[str, Any]:
-        """Its row of /llmstack/requests. Nothing of its text is in it."""
-        asked, lease = self.asked, self.lease
-        stage, share = "", 0.0
-        if lease is not None:
-            stage = lease.stage()
-        if not stage and not asked.body:        # let go of when the answer begins
-            stage = "writing"
-        if not stage:
-            stage = "reading the prompt"
-            share = lease.prompt_read() if lease is not None else 0.0
-        seconds = round(time.monotonic() - asked.began_s, 1)
-        return {"id": self.number, "model": str(asked.model or "auto"),
-                "tier": self.tier, "path": asked.path, "stream": asked.stream,
-                "stage": stage + percent_words(share), "since_s": seconds}
-
-
 class Ladder:
     """The way of one `auto` request down the tiers, as they fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  learn: Callable[[int], None]) -> None:
-        self._decision, self._snapshot, self._breaker = decision, snapshot, breaker
+        self.decision, self._snapshot, self._breaker = decision, snapshot, breaker
         self._learn = learn
         self._left = list(decision.chain)
         self._tried: Set[str] = set()
@@ -10682,7 +10700,7 @@ class Ladder:
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        decision = self._decision
+        decision = self.decision
         down = {*decision.down, *self._snapshot.barred}
         order = [t for t in decision.preference if t.name not in self._tried]
         holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
@@ -10752,9 +10770,11 @@ class RouterApp(App):
         self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
         self._record = self._given.record
-        self._ongoing: Dict[int, Ongoing] = {}
+        self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
+        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
+        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
@@ -10763,8 +10783,6 @@ class RouterApp(App):
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
-        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
-        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
 
     @property
     def config(self) -> Config:
@@ -10808,7 +10826,8 @@ class RouterApp(App):
                 route = self._to_host(route, host)
             routes.update(dict.fromkeys(tier.names, route))
         barred = {**self._given.unserved(config), **missing}
-        return Snapshot(config, routes, hosts, barred, asked, served)
+        names = (*config.allowed_hosts, *self._own_names)
+        return Snapshot(config, routes, hosts, barred, asked, served, names)
 
     def _host(self, url: str) -> Host:
         plain = parse_upstream(url)
@@ -10854,16 +10873,15 @@ class RouterApp(App):
         path, mark, query = request.target.partition("?")
         inference = inference_path(path) if request.method == "POST" else ""
         client.protocol = inference or ollama_path(path)
-        config = self.config
-        check_caller(client, request, self._given.loopback, config.allowed_origins,
-                     (*config.allowed_hosts, *self._own_names))
+        now = self._snapshot
+        check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
         if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
         if path == "/" and request.method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop = frozenset({b"origin"})           # judged here; what is behind would refuse it
+        drop = _JUDGED_HERE
         if self._given.key:
             drop = drop | self._check_key(request)
         if inference:
@@ -10929,7 +10947,7 @@ class RouterApp(App):
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            ongoing.stop()
+            ongoing[0].give_way()               # it ends as if its client had left
             client.reply(200, b'{"ok": true}')
             return
         tier = self.config.by_name(name)
@@ -11094,10 +11112,10 @@ class RouterApp(App):
     def _under_way(self) -> List[Dict[str, Any]]:
         """The requests, with their beginning instead of their age: a row that stays is no news."""
         rows = []
-        for ongoing in list(self._ongoing.values()):
-            row = ongoing.row()
+        for number, (_, asked) in list(self._ongoing.items()):
+            row = asked.row(number)
             del row["since_s"]
-            row["began"] = round(ongoing.asked.began_s + self.events.epoch)
+            row["began"] = round(asked.began_s + self.events.epoch)
             rows.append(row)
         return rows
 
@@ -11161,16 +11179,17 @@ class RouterApp(App):
     # ---- inference
 
     def _infer(self, client: Client, asked: Asked) -> None:
-        ongoing = Ongoing(next(self._number), client, asked)
-        self._ongoing[ongoing.number] = ongoing
+        number = next(self._number)
+        asked.known = self._conversations.get(asked.thread)
+        self._ongoing[number] = client, asked
         try:
-            self._answer_asked(client, asked, ongoing)
+            self._answer_asked(client, asked)
         except ClientGone:
-            if ongoing.tier:
-                self.events.counters.add("llmstack_requests_total", ongoing.tier, "", "left")
+            if asked.tier:
+                self.events.counters.add("llmstack_requests_total", asked.tier, "", "left")
             raise
         finally:
-            del self._ongoing[ongoing.number]
+            del self._ongoing[number]
 
     @staticmethod
     def _read_asked(client: Client, request: Request, path: str, target: str,
@@ -11184,12 +11203,12 @@ class RouterApp(App):
             request = uncompressed(request)
         return Asked(request, path, target, body, values, drop)
 
-    def _answer_asked(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _answer_asked(self, client: Client, asked: Asked) -> None:
         name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
         if name == "auto":
-            self._ask_ladder(client, asked, ongoing)
+            self._ask_ladder(client, asked)
         elif name:
-            self._ask_named(client, asked, self._snapshot.routes[name], ongoing)
+            self._ask_named(client, asked, self._snapshot.routes[name])
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
             self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
@@ -11223,36 +11242,33 @@ class RouterApp(App):
 
     def requests(self) -> List[Dict[str, Any]]:
         """What is under way, the oldest first."""
-        return [ongoing.row() for ongoing in list(self._ongoing.values())]
+        return [asked.row(number) for number, (_, asked) in list(self._ongoing.items())]
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route,
-                   ongoing: Optional[Ongoing] = None) -> None:
+    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
         facts: List[Facts] = []
-        if ongoing is not None and asked.path in STREAM_ENDS:
+        if asked.path in STREAM_ENDS:
             try:
                 facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
             except RecursionError:
                 pass
         looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, ongoing, headers=looks)
+        outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
         for counted in facts:
-            assert ongoing is not None
-            counts = tokens_said(outcome.said)
-            self._note(ongoing, record_row(counted, asked.path, name, counts, outcome), ())
+            self._note(asked, record_row(counted, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
-        known = self._conversations.get(asked.thread)
+        known = asked.known
         tokens = known.held.get(known.tier, 0)
         if not tokens or known.tier == decision.tier or decision.rung == "fim":
-            return Leaving()
+            return STAYS
         needed = decision.facts.full_tokens
         old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
         held = min(known.held.get(decision.tier, 0), needed)
@@ -11261,7 +11277,7 @@ class RouterApp(App):
 
     def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
         """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, now, tier = self._conversations.get(asked.thread), asked.segments, row["tier"]
+        known, now, tier = asked.known, asked.segments, row["tier"]
         if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
             share, where = same_beginning(known.segments, now)
             row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
@@ -11272,14 +11288,13 @@ class RouterApp(App):
         if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
             self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
 
-    def _note(self, ongoing: Ongoing, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
+    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
-        asked = ongoing.asked
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
         row.update(conversation=self.events.name_of(asked.conversation),
-                   wait_s=round(ongoing.wait_s, 3),
-                   total_s=round(total_s, 3), stream=asked.stream)
+                   wait_s=round(asked.wait_s, 3), total_s=round(total_s, 3),
+                   stream=asked.stream)
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -11289,7 +11304,7 @@ class RouterApp(App):
             self._record.add(row)
         self.events.add(row)
 
-    def _ask_ladder(self, client: Client, asked: Asked, ongoing: Ongoing) -> None:
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         config = now.config
@@ -11298,8 +11313,8 @@ class RouterApp(App):
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
         key, texts = asked.conversation, facts.texts
-        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > config.smallest_context:
+        most, reserve = facts.most_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if most + reserve > config.smallest_context:
             facts = facts._replace(classes=class_tokens(texts), texts=(),
                                    ratio=self._conversations.get(key).ratio)
         facts = facts._replace(texts=(), auto=True)         # by whatever name
@@ -11317,54 +11332,53 @@ class RouterApp(App):
             self._conversations.learn(key, worth, truth)
 
         ladder = Ladder(asked, decision, now, self._breaker, learn)
+        reason = ""
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
             ladder.prefer(idle)
             asked.patience_s = config.patience_s if idle else 0.0
-        reason = decision.reason
 
         def headers() -> bytes:
             """Made while the model is at work, as is what the answer's counts are compared with."""
-            nonlocal estimate, texts
-            if not estimate and facts.most_tokens >= WORTH_LEARNING_TOKENS:
+            nonlocal estimate, reason, texts
+            if not estimate and most >= WORTH_LEARNING_TOKENS:
                 estimate = class_tokens(texts)
             texts = ()
+            reason = reason or decision.reason
             asked.look_at_prompt()
             lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
             return lines + leaving_header(asked.leaving, ladder.tier.name)
 
         while True:
             route = ladder.route
-            outcome = self._try(client, ladder, headers, reason, ongoing)
+            outcome = self._try(client, ladder, headers)
             if not ladder.settle(outcome):
                 break
             asked.patience_s = 0.0
-        name = ladder.tier.name
+        name, reason = ladder.tier.name, reason or decision.reason
         fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
         self._finish(client, outcome, f"auto -> {name}", route, headers)
-        counts = tokens_said(outcome.said)
         if outcome.state == "done":
-            learn(counts.prompt)
-        row = record_row(facts, asked.path, name, counts, outcome)
+            learn(outcome.counts.prompt)
+        row = record_row(facts, asked.path, name, outcome)
         if loop:                                # before the reason: replay reads no further
             row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        self._note(ongoing, row, ladder.fallbacks)
+        self._note(asked, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
         rows = dict_of(self.behind.watched().get("models"))
-        busy = {ongoing.tier for ongoing in list(self._ongoing.values())}
+        busy = {asked.tier for _, asked in list(self._ongoing.values())}
         idle = [tier for tier in chain if tier.name not in busy
                 and dict_of(rows.get(tier.name)).get("state") == "loaded"]
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes], reason: str,
-             ongoing: Ongoing) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
         route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
@@ -11372,14 +11386,14 @@ class RouterApp(App):
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ongoing, ladder.judge, headers)
+            return self._ask(client, asked, route, ladder.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {reason};"
+            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route, ongoing: Optional[Ongoing],
+    def _ask(self, client: Client, asked: Asked, route: Route,
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
@@ -11389,8 +11403,7 @@ class RouterApp(App):
             name = name or route.tier.name
         pieces = asked.body_for(route, name)
         lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
-        if ongoing is not None:
-            ongoing.tier, ongoing.lease = route.tier.name, lease
+        asked.tier, asked.lease = route.tier.name, lease
         first_byte_s = 0.0
         if route.host is not None:
             request, target = host_request(request, route, target)
@@ -11405,8 +11418,7 @@ class RouterApp(App):
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
-            if ongoing is not None:
-                ongoing.wait_s += waiting.ready_s
+            asked.wait_s += waiting.ready_s
 
     def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -12193,11 +12205,12 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        tells = row["ended"] == "done" and row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not row.get("output") or not row.get("per_s"):
+            return
         with self._lock:
             identity, drafts = self._running.get(row["tier"], ("", False))
             found = self._found(identity)
-            if not (tells and identity) or found.settled:
+            if not identity or found.settled:
                 return
             found = found.learn(drafts, row)
             self._rows.pop(identity, None)
@@ -12541,11 +12554,12 @@ def write_litellm_config(places: Places, config: Config, program: Sequence[str],
     if not answer.get("added"):
         return False
     verb = "Extended" if _read_bytes(path) else "Wrote"
+    # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
-        write_atomic(path, answer["text"].encode("utf-8"))
+        write_atomic(path, answer["text"])
         if trusted:
-            record_trust(places, "run")
+            record_effects(places, "run", part_effects(places, "run"))
     say(f"{verb} {path}: {', '.join(answer['added'])}")
     return True
 
@@ -12770,6 +12784,7 @@ class Speeds:
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
+    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
     MOST = 64                                   # models, builds and flags
 
     def __init__(self, data: str) -> None:
@@ -12808,14 +12823,16 @@ class Speeds:
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
-        names = [f"read{step or ''}" for step in cls.READ_STEPS]
-        own = sum(tokens >= step for step in cls.READ_STEPS) - 1
-        return [*names[own::-1], *names[own + 1:]]
+        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
+        return [*cls.READ_NAMES[own::-1], *cls.READ_NAMES[own + 1:]]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        found = (self.get(identity, name) for name in self._read_names(max(tokens, 0)))
-        return next((per_s for per_s in found if per_s), 0.0)
+        for name in self._read_names(max(tokens, 0)):
+            per_s = self.get(identity, name)
+            if per_s:
+                return per_s
+        return 0.0
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
@@ -13093,9 +13110,9 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        known = self._parking.speeds.reading(self.identity, 0)
-        worth = self._parking.worth(self.identity, body_bytes // 2)
-        return worth or not known or bool(self._restored)
+        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+            return True
+        return self._parking.worth(self.identity, body_bytes // 2)
 
     def settle(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13126,8 +13143,10 @@ class Bay:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
+        if not body:
+            return
         worth = parking.worth(identity, counts.prompt)
-        if not body or not (worth or restored):
+        if not (worth or restored):
             return
         values = parse_json_object(body)
         for parked in restored:
@@ -13339,6 +13358,10 @@ class Model:
     def name(self) -> str:
         return self.tier.name
 
+    @property
+    def is_idle(self) -> bool:
+        return self.state == "ready" and not self.in_flight
+
     def turn_to(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
 
@@ -13464,8 +13487,10 @@ class Engine:
         return known
 
     def find(self, name: str) -> Optional[Model]:
+        if name in self.models:
+            return self.models[name]
         tier = self.config.by_name(name)
-        if self._proxy and (name == PROXY or name in self._proxy.tier.aliases):
+        if self._proxy and name in self._proxy.tier.aliases:
             return self._proxy
         return self.models.get(tier.name) if tier else None
 
@@ -13550,6 +13575,7 @@ class Engine:
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
+        # The log numbers requests by itself: of several, none can be told to be this one.
         if model.proxy or model.in_flight != 1:
             return 0.0
         return prompt_read(tail_of(self._log_path(model.name), 200))
@@ -13584,7 +13610,8 @@ class Engine:
         with self._changed:
             model.in_flight -= 1
             model.last_used = time.monotonic()
-            self._changed.notify_all()
+            if self._tickets:
+                self._changed.notify_all()
 
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
@@ -13608,7 +13635,7 @@ class Engine:
         running = [m for m in others if m.state in ("starting", "ready")]
         before = self._tickets[:self._tickets.index(ticket)]
         wanted = {t.model.name for t in before}
-        busy = {m.name for m in running if m.state != "ready" or m.in_flight or m.name in wanted}
+        busy = {m.name for m in running if not m.is_idle or m.name in wanted}
         now = time.monotonic()
         costs = {m.name: self._keeping_cost(m, now) for m in running}
         running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
@@ -13634,8 +13661,7 @@ class Engine:
         model.cancelled = model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
-        threading.Thread(target=self._load, args=(model, victims), name=f"load {model.name}",
-                         daemon=True).start()
+        in_background(f"load {model.name}", self._load, model, victims)
 
     def _load(self, model: Model, victims: Sequence[Model]) -> None:
         """A load's whole thread; however it ends, its model is not "starting" for ever."""
@@ -13795,7 +13821,7 @@ class Engine:
         self._log.info(f"{model.name}: starting on port {port}")
 
     def _free_port(self, model: Model) -> int:
-        taken = {m.port for m in self.models.values() if m.state != "stopped" and m is not model}
+        taken = {other.port for other in self.models.values() if other is not model}
         for port in range(self._first_port, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
@@ -13919,21 +13945,21 @@ class Engine:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
+                # A load ends itself: its thread alone may touch the process before it is ready.
                 model.cancelled = model.state == "starting"
             while any(m.state == "stopping" or m.cancelled for m in chosen):
                 self._changed.wait(1.0)
 
     def _begin_stop(self, model: Model) -> None:
         model.turn_to("stopping")
-        threading.Thread(target=self._stop, args=(model,), name=f"stop {model.name}",
-                         daemon=True).start()
+        in_background(f"stop {model.name}", self._stop, model)
 
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            ready = [m for m in self.models.values() if m.state == "ready" and not m.in_flight]
-            for model in ready:
+            idle = [model for model in self.models.values() if model.is_idle]
+            for model in idle:
                 if model.process.poll() is not None:
                     code = model.process.returncode
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
@@ -13950,8 +13976,8 @@ class Engine:
             if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
             self.pressure = pressure
-            idle = [m for m in self.models.values()
-                    if m.state == "ready" and not m.in_flight and not m.proxy]
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            # One goes a look: the next look sees what that has freed.
             if pressure and idle:
                 model = min(idle, key=lambda m: m.last_used)
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
@@ -13980,6 +14006,7 @@ class Engine:
                     ticket.ready()
                 except LoadError as exc:
                     self._log.error(str(exc))
+                # Nobody waits: a load that has begun goes on without a ticket.
                 ticket.end()
 
     def close(self) -> None:
@@ -14075,7 +14102,7 @@ class MemoryWatch:
 
     def start(self, ease: Callable[[str], None]) -> None:
         """Tell `ease` after each look what is short."""
-        threading.Thread(target=self._run, args=(ease,), name="memory", daemon=True).start()
+        in_background("memory", self._run, ease)
 
     def _run(self, ease: Callable[[str], None]) -> None:
         while not self._stopped.wait(self.INTERVAL_S):
@@ -14308,8 +14335,7 @@ class SwapBays:
             known = self._settling.get(name)
             if known is None:
                 known = self._settling[name] = Settling()
-                threading.Thread(target=self._restore, args=(name, swap, known),
-                                 name=f"restore {name}", daemon=True).start()
+                in_background(f"restore {name}", self._restore, name, swap, known)
             return known
 
     def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
@@ -15022,8 +15048,9 @@ def _start_daemon(plan: Plan) -> None:
     places = plan.places
     log = places.log("router.log")
     log_bytes = file_size(log)
-    blank = Record(0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-                   plan.config.engine_port)
+    blank = Record(
+        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
+        plan.config.engine_port)
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
@@ -15126,14 +15153,14 @@ def _engine_states(upstream: Upstream) -> Optional[Dict[str, Tuple[str, Any]]]:
     return {row["model"]: (row["state"], _since_s(upstream, row)) for row in rows}
 
 
-def _texts_of(row: Mapping[str, Any]) -> Dict[str, str]:
-    return {key: value for key, value in row.items() if isinstance(value, str)}
-
-
 def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     """Tier -> what a router tells of it: its state, and the reason for that."""
-    told = asked_json(upstream, "/llmstack/state")
-    return {name: _texts_of(row) for name, row in told.items() if isinstance(row, dict)}
+    states = {}
+    for name, row in asked_json(upstream, "/llmstack/state").items():
+        if isinstance(row, dict):
+            texts = {key: value for key, value in row.items() if isinstance(value, str)}
+            states[name] = texts
+    return states
 
 
 def _tier_row(tier: Tier, known: Tuple[str, Any],
@@ -15910,8 +15937,7 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
 
     Where it has none, or does not tell, the file is left out. Errors: Unreachable.
     """
-    names = {*job.files, *job.beside}
-    if ANY_PROJECTOR not in names:
+    if ANY_PROJECTOR not in job.files + job.beside:
         return job
     found = ""
     try:
@@ -15923,11 +15949,11 @@ def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
         # Fetching says what is wrong with the repository.
         pass
 
-    def real(files: Tuple[str, ...]) -> Tuple[str, ...]:
-        named = [found if file == ANY_PROJECTOR else file for file in files]
-        return tuple(dict.fromkeys(filter(None, named)))
+    def named(files: Tuple[str, ...]) -> Tuple[str, ...]:
+        names = [found if file == ANY_PROJECTOR else file for file in files]
+        return tuple(dict.fromkeys(filter(None, names)))
 
-    return job._replace(files=real(job.files), beside=real(job.beside))
+    return job._replace(files=named(job.files), beside=named(job.beside))
 
 
 def _guest_events(command: Sequence[str],
@@ -16063,14 +16089,17 @@ def check_run_trust(places: Places) -> None:
     """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         new = untrusted(places, "run", part_effects(places, "run"))
     if not new:
         return
     for effect in new:
         if effect.problem:
-            load_config(places)                 # says more, where it is models.ini
-            raise UserError(f"{visible(places.in_state(effect.name))} {visible(effect.problem)}",
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
     what = visible(", ".join(effect.name for effect in new))
     raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
@@ -16091,7 +16120,8 @@ def project_above(directory: str) -> str:
 
 def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
-    here = env.get("PWD", "")                   # its spelling: a link may lead out of a project
+    # $PWD has the shell's spelling: a link in it may lead out of a project.
+    here = env.get("PWD", "")
     if not os.path.isabs(here) or not os.path.samefile(here, "."):
         here = os.getcwd()
     project = project_above(here)
@@ -16188,8 +16218,10 @@ def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -
 
     `tell` gets the reason.
     """
-    if not any(os.path.lexists(places.in_state(name)) for name in _HOOK_FILES):
-        return ""                               # it has gone since the shell looked
+    files = [places.in_state(name) for name in _HOOK_FILES]
+    # The project may have gone since the shell looked.
+    if not any(map(os.path.lexists, files)):
+        return ""
     if not is_trusted(places, "hook"):
         tell(untrusted_line(places))
         return ""
@@ -16367,8 +16399,10 @@ def _is_harmless(path: Sequence[str], value: Any) -> bool:
     if value in ("deny", "disabled"):
         return True
     for known in _HARMLESS:
-        inside = len(path) >= len(known)
-        if inside and all(word in ("*", key) for word, key in zip(known, path)):
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
             return True
     return False
 
@@ -16443,7 +16477,8 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
     if all(is_trusted(places, part) for part in _PARTS):
         return
     new: List[Effect] = []
-    with trust_lock(places):                    # another start may be writing litellm_config.yaml
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
         effects = project_effects(places)
         for part, of_part in effects.items():
             new += untrusted(places, part, of_part)
@@ -16856,9 +16891,37 @@ def load_extra(name: str) -> Any:
     return module
 
 
+class Result(NamedTuple):
+    """What a command has found: one value for programs, the lines that say it to people."""
+
+    found: Any
+    lines: Sequence[str]
+    code: int = 0
+    is_json: bool = False
+    notes: Sequence[str] = ()                   # warnings that follow the lines
+    problem: Optional[UserError] = None         # raised once all else is shown
+
+
+def show(result: Result) -> int:
+    """Print a result, the one place that does; its exit code. Errors: UserError, its problem."""
+    lines, notes = result.lines, result.notes
+    if result.is_json:
+        lines, notes = [as_json(result.found)], ()
+    for line in lines:
+        say(line)
+    for note in notes:
+        warn(note)
+    if result.problem is not None:
+        raise result.problem
+    return result.code
+
+
 def run_extra(name: str, argv: Sequence[str]) -> int:
-    """Run a command of extras/. Errors: UserError."""
-    return int(load_extra(name).main(argv, sys.modules[__name__]))
+    """Run a command of extras/, whose main() returns a Result or a code. Errors: UserError."""
+    result = load_extra(name).main(argv, sys.modules[__name__])
+    if isinstance(result, Result):
+        return show(result)
+    return int(result)
 
 
 def _warn_unserved(places: Places, config: Config,
@@ -16899,7 +16962,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return int(demo.show_demo(places, plan.url, sys.modules[__name__]))
+        return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
     rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
     # Whoever restarts knows these two.
     if started and not again:
@@ -17089,15 +17152,9 @@ def _cmd_status(args: Any) -> int:
         # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
-    lines = _status_lines(rows, places, config)
-    if args.json:
-        lines = [as_json(rows)]
-    for line in lines:
-        say(line)
     # Its problems come last, where they are read.
-    if broken:
-        raise broken
-    return int(not rows["running"])
+    return show(Result(rows, _status_lines(rows, places, config), int(not rows["running"]),
+                       args.json, problem=broken))
 
 
 def _shell_in_use(env: Mapping[str, str]) -> str:

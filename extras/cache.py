@@ -141,37 +141,38 @@ def percent(share: Any) -> str:
     return "nothing known" if share is None else f"{share:.0%}"
 
 
-def show(conversation: Conversation, llmstack: Any) -> None:
-    """Say of one conversation what was kept, and why not."""
+def render(conversation: Conversation, llmstack: Any) -> List[str]:
+    """What was kept of one conversation, and why not."""
     row = conversation.row()
     clock = time.strftime("%H:%M", time.localtime(row["last"]))
     client = f"{row['client']} on " if row["client"] else ""
-    llmstack.say(llmstack.visible(
+    lines = [llmstack.visible(
         f"{row['conversation']}  {client}{', '.join(row['tiers'])}, turns after its first:"
-        f" {row['turns']:,}, the last at {clock}", 200))
-    llmstack.say(f"  kept by the client {percent(row['kept_by_client'])},"
+        f" {row['turns']:,}, the last at {clock}", 200)]
+    lines.append(f"  kept by the client {percent(row['kept_by_client'])},"
                  f" by the server {percent(row['kept_by_server'])}")
     for place, count in row["changes"].items():
         what = "an earlier message" if place == "message" else f"its {place}"
-        llmstack.say(llmstack.visible(f"  the client changed {what}: {count:,} turns", 200))
+        lines.append(llmstack.visible(f"  the client changed {what}: {count:,} turns", 200))
     for loss, count in row["losses"].items():
-        llmstack.say(f"  {count:,} turns {LOSSES[loss]}")
-    for advice in row["advice"]:
-        llmstack.say(f"  {advice}")
+        lines.append(f"  {count:,} turns {LOSSES[loss]}")
+    return lines + [f"  {advice}" for advice in row["advice"]]
 
 
-def show_turns(conversation: Conversation, llmstack: Any) -> None:
-    """Say of each turn what was kept of so many tokens."""
+def render_turns(conversation: Conversation, llmstack: Any) -> List[str]:
+    """Of each turn what was kept of so many tokens."""
+    lines = []
     for turn in conversation.turns:
         clock = time.strftime("%H:%M:%S", time.localtime(turn.time_s))
         where = f", differs from {turn.differs} on" if turn.differs else ""
         loss = f", {turn.loss}" if turn.loss else ""
-        llmstack.say(llmstack.visible(
+        lines.append(llmstack.visible(
             f"  {clock}  {turn.tier}: {turn.base:,} tokens, client {turn.same:.0%}{where},"
             f" server {turn.kept:.0%}{loss}", 200))
+    return lines
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("cache", __doc__)
     parser.add_argument("conversation", metavar="CONVERSATION", nargs="?", default="",
                         help="its name in the record, or how that begins")
@@ -190,14 +191,11 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         raise llmstack.UserError(
             f"no conversation {llmstack.visible(args.conversation)} had a second turn",
             "`llmstack cache` names those that had one", 1)
-    if args.json:
-        rows = [conversation.row() for conversation in found]
-        llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
-        return 0
-    if not found:
-        llmstack.say("No conversation of the record has had a second turn yet.")
+    lines = []
     for conversation in found:
-        show(conversation, llmstack)
+        lines += render(conversation, llmstack)
         if args.conversation:
-            show_turns(conversation, llmstack)
-    return 0
+            lines += render_turns(conversation, llmstack)
+    nothing = ["No conversation of the record has had a second turn yet."]
+    rows = [conversation.row() for conversation in found]
+    return llmstack.Result(rows, lines or nothing, is_json=args.json)

@@ -130,7 +130,9 @@ def local_state(weights: Any, env: Mapping[str, str], hub: Mapping[str, Any],
     if hub.get("size_bytes") and size != hub["size_bytes"]:
         return "damaged", f"it has {size:,} bytes, the hub's has {hub['size_bytes']:,}"
     for path, blob, digest in zip(paths, blobs, sums or blobs):
-        expected = digest if len(digest) == 64 else blob
+        expected = blob
+        if len(digest) == 64:
+            expected = digest
         damage = llmstack.file_damage(path)
         if damage:
             return "damaged", f"it {damage}"
@@ -223,7 +225,9 @@ def find_drift(places: Any, config: Any, llmstack: Any) -> Dict[str, List[str]]:
     """Tier -> where models.ini and what runs, or will, disagree."""
     record = llmstack.running_record(places)
     text = llmstack.read_text(places.in_state("llama-swap.yaml"))
-    channel = "next" if "(channel next)" in text else "current"
+    channel = "current"
+    if "(channel next)" in text:
+        channel = "next"
     rows: Dict[str, str] = {}
     meta: Dict[str, Dict[str, Any]] = {}
     serves = True                               # llama-swap does, or will
@@ -231,7 +235,9 @@ def find_drift(places: Any, config: Any, llmstack: Any) -> Dict[str, List[str]]:
         channel = record.channel
         rows, meta = engine_view(record, llmstack)
         serves = record.kind == "llama-swap"
-    blocks = swap_yaml_commands(text) if serves else {}
+    blocks: Dict[str, str] = {}
+    if serves:
+        blocks = swap_yaml_commands(text)
     drift: Dict[str, List[str]] = {}
     for tier in llmstack.local_tiers(config):
         weights = llmstack.weights_for(tier.on_channel(channel))
@@ -286,12 +292,12 @@ def check_server(config: Any, env: Mapping[str, str], data: str,
 def check_path(weights: Any, llmstack: Any) -> Dict[str, Any]:
     """A file of this disk as `check` shows it."""
     size = llmstack.file_size(weights.path)
-    damage = llmstack.file_damage(weights.path) if size else ""
-    local, problem = "intact", ""
-    if not size:
-        local, problem = "missing", f"there is no {weights.path}"
-    elif damage:
-        local, problem = "damaged", f"{weights.path} {damage}"
+    local, problem = "missing", f"there is no {weights.path}"
+    if size:
+        local, problem = "intact", ""
+        damage = llmstack.file_damage(weights.path)
+        if damage:
+            local, problem = "damaged", f"{weights.path} {damage}"
     return {
         "path": weights.path,
         "exists": bool(size),
@@ -372,6 +378,26 @@ def todo_words(needs: Sequence[Need], fetch_bytes: float) -> str:
     return ", then ".join(words)
 
 
+def tier_row(tier: Any, drift: Sequence[str], problem: str,
+             files: Mapping[str, Any]) -> Dict[str, Any]:
+    """A tier as `check --json` has it. `files`: of check_local, for a local one."""
+    row = {"tier": tier.name, "role": tier.role, "backend": tier.backend, "drift": drift}
+    if tier.backend == "gguf":
+        return {**row, **files}
+    return {**row, "model": tier.model, "model_next": tier.model_next or None, "problem": problem}
+
+
+def all_drift(places: Any, config: Any, env: Mapping[str, str],
+              llmstack: Any) -> Dict[str, List[str]]:
+    """find_drift, and where litellm_config.yaml says other things than models.ini."""
+    drift = find_drift(places, config, llmstack)
+    litellm = llmstack.read_litellm_file(places, env)
+    for difference in llmstack.litellm_differences(config, litellm):
+        name, _, what = difference.partition(": ")
+        drift.setdefault(name, []).append(what)
+    return drift
+
+
 def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
                 names: Sequence[str], llmstack: Any) -> Dict[str, Any]:
     """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
@@ -379,16 +405,16 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
     `needs` says what the user must do, `todo` in one line. `names`: of tiers, all without.
     Errors: UserError for a name that is no tier's.
     """
-    tiers = llmstack.named_tiers(config, names) if names else list(config.tiers)
+    tiers = list(config.tiers)
+    if names:
+        tiers = llmstack.named_tiers(config, names)
     hub: HubFiles = {}
     notes: List[str] = []
+    asked = None
     if not offline:
+        asked = llmstack.hub_endpoint(env)
         hub, notes = ask_hub([tier for tier in tiers if tier.backend == "gguf"], env, llmstack)
-    drift = find_drift(places, config, llmstack)
-    litellm = llmstack.read_litellm_file(places, env)
-    for difference in llmstack.litellm_differences(config, litellm):
-        name, _, what = difference.partition(": ")
-        drift.setdefault(name, []).append(what)
+    drift = all_drift(places, config, env, llmstack)
     unset = {**llmstack.missing_credentials(config, env),
              **llmstack.unserved_hosted(places, config, env)}
     busy = {(row["tier"], row["label"]) for row in llmstack.download_rows(places)
@@ -396,13 +422,10 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
     server, needs = check_server(config, env, places.data, llmstack)
     rows = []
     for tier in tiers:
-        row: Dict[str, Any] = {"tier": tier.name, "role": tier.role, "backend": tier.backend,
-                               "drift": drift.get(tier.name, [])}
+        files: Dict[str, Any] = {}
         if tier.backend == "gguf":
-            row.update(check_local(tier, hub, busy, env, llmstack))
-        else:
-            row.update(model=tier.model, model_next=tier.model_next or None,
-                       problem=unset.get(tier.name, ""))
+            files = check_local(tier, hub, busy, env, llmstack)
+        row = tier_row(tier, drift.get(tier.name, []), unset.get(tier.name, ""), files)
         rows.append(row)
         needs += tier_needs(tier, row)
     needs += [Need("", problem) for problem in llmstack.probe_problems(config, places)]
@@ -412,7 +435,7 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
     return {
         "ok": not needs,
         "models_ini": places.models_ini,
-        "hub": None if offline else llmstack.hub_endpoint(env),
+        "hub": asked,
         "cache": llmstack.hub_cache_dir(env),
         "llama_server": server,
         "llama_swap": llmstack.find_llama_swap(env, places.data) or None,
@@ -437,6 +460,14 @@ class ProfileFile(NamedTuple):
     problem: str = ""
 
 
+def counted_gb(weights: Any, models: Any, llmstack: Any) -> float:
+    """The size that a file counts with. `models`: those of share/models.json."""
+    known = llmstack.known_header(weights.file, weights.size_gb, models)
+    if known:
+        return float(known.tensor_bytes / 1e9)
+    return float(weights.size_gb)
+
+
 def profile_files(llmstack: Any) -> List[ProfileFile]:
     """Every file that a profile names, on either channel, once for each size it counts with."""
     found: Dict[Tuple[str, str, float], Dict[str, None]] = {}
@@ -445,8 +476,7 @@ def profile_files(llmstack: Any) -> List[ProfileFile]:
         text = llmstack.read_profile(name).decode("utf-8")
         for tier in llmstack.local_tiers(llmstack.parse_models_ini(text)[0]):
             for weights in llmstack.both_weights(tier):
-                known = llmstack.known_header(weights.file, weights.size_gb, models)
-                size_gb = known.tensor_bytes / 1e9 if known else weights.size_gb
+                size_gb = counted_gb(weights, models, llmstack)
                 found.setdefault((weights.repo, weights.file, size_gb), {})[name] = None
     return [ProfileFile(*key, tuple(users)) for key, users in sorted(found.items())]
 
@@ -486,14 +516,17 @@ class CheckLine(NamedTuple):
 
 
 def check_file_line(row: Mapping[str, Any], label: str, llmstack: Any) -> CheckLine:
+    """A tier's row, or with the label "next" that of its queued file."""
     file, name = row[label], row["tier"]
-    notes = [file["problem"]]
+    title, fetch = name, f"llmstack download {name}"
+    drift = [f"DRIFT! {what}" for what in row["drift"]]
+    if label == "next":
+        title, fetch, drift = "  next", "queued", []
+    notes = [file["problem"], *drift]
     if file["local"] == "missing" and not file["problem"]:
-        notes.append("queued" if label == "next" else f"llmstack download {name}")
-    if label == "current":
-        notes += [f"DRIFT! {what}" for what in row["drift"]]
+        notes = [fetch, *drift]
     return CheckLine(
-        tier=name if label == "current" else "  next",
+        tier=title,
         role=row["role"] or "-",
         model=file.get("file") or os.path.basename(file["path"]),
         size=llmstack.size_words(file["size_bytes"] or 0),
@@ -510,7 +543,9 @@ def check_lines(row: Mapping[str, Any], llmstack: Any) -> List[CheckLine]:
     notes = [row["problem"], *(f"DRIFT! {what}" for what in row["drift"])]
     if row["model_next"]:
         notes.append(f"queued: {row['model_next']}")
-    state = "not served" if row["problem"] else "served"
+    state = "served"
+    if row["problem"]:
+        state = "not served"
     return [CheckLine(row["tier"], row["role"] or "-", row["model"], "", state,
                       "; ".join(filter(None, notes)))]
 
@@ -551,31 +586,32 @@ def render_check(found: Mapping[str, Any], width: int, colour: Callable[[str, st
     return shown + todo
 
 
-def say_profiles(rows: Sequence[ProfileFile], llmstack: Any) -> None:
+def render_profiles(rows: Sequence[ProfileFile], llmstack: Any) -> List[str]:
+    """The files of the profiles as people read them."""
+    lines = []
     for row in rows:
         mark = llmstack.paint("as said", "32")
         if row.problem:
             mark = llmstack.paint("differs", "31")
         words = f"{mark}  {row.size_gb:.2f} GB  {row.repo}:{row.file}"
-        llmstack.say(f"{words}  (profile {', '.join(row.profiles)})")
+        lines.append(f"{words}  (profile {', '.join(row.profiles)})")
         if row.problem:
-            llmstack.say(f"         {llmstack.visible(row.problem)}")
+            lines.append(f"         {llmstack.visible(row.problem)}")
+    return lines
 
 
 # ---- the command
 
 
-def run_profiles(is_json: bool, llmstack: Any) -> int:
+def run_profiles(is_json: bool, llmstack: Any) -> Any:
     """`check --profiles`. Errors: UserError where the hub cannot be asked."""
     rows = check_profiles(os.environ, llmstack)
-    if is_json:
-        llmstack.say(llmstack.as_json([row._asdict() for row in rows]))
-    else:
-        say_profiles(rows, llmstack)
-    return int(any(row.problem for row in rows))
+    found = [row._asdict() for row in rows]
+    code = int(any(row.problem for row in rows))
+    return llmstack.Result(found, render_profiles(rows, llmstack), code, is_json)
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("check", __doc__)
     parser.add_argument("tiers", metavar="TIER", nargs="*",
                         help="these only, and where their files come from")
@@ -590,12 +626,6 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.refuse_external(places)
     config = llmstack.planned_config(places, llmstack.warn)
     found = check_stack(places, config, os.environ, args.offline, args.tiers, llmstack)
-    if args.json:
-        llmstack.say(llmstack.as_json(found))
-        return int(not found["ok"])
     width = llmstack.output_columns()
-    for line in render_check(found, width, llmstack.paint, bool(args.tiers), llmstack):
-        llmstack.say(line)
-    for note in found["notes"]:
-        llmstack.warn(note)
-    return int(not found["ok"])
+    lines = render_check(found, width, llmstack.paint, bool(args.tiers), llmstack)
+    return llmstack.Result(found, lines, int(not found["ok"]), args.json, found["notes"])

@@ -214,10 +214,10 @@ def say_demo(url: str, llmstack: Any) -> None:
     llmstack.say("Stop it with `llmstack stop --demo`.")
 
 
-def show_demo(places: Any, url: str, llmstack: Any) -> int:
+def show_demo(args: Any, places: Any, url: str, llmstack: Any) -> int:
     """What follows the demo's start: on a terminal a chat, else what to type."""
     # A chat needs somebody to chat, and the extra that chats.
-    if not llmstack.has_person() or "run" not in llmstack.extra_names():
+    if args.detach or not llmstack.has_person() or "run" not in llmstack.extra_names():
         say_demo(url, llmstack)
         return 0
     llmstack.say("")

@@ -122,7 +122,7 @@ def as_row(fit: Any) -> Dict[str, Any]:
     return row
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("fit", __doc__)
     parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
     parser.add_argument("--next", action="store_const", const="next", default="",
@@ -140,13 +140,9 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     fits = llmstack.measure_tiers(config, machine, os.environ, True)
     fits = [fit for fit in fits if fit.name in chosen]
     sets = together_rows(config, fits, machine.budgets_gb, llmstack)
-    if args.json:
-        found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
-                 "host_gb": machine.host_gb,
-                 "devices": [device._asdict() for device in devices],
-                 "tiers": [as_row(fit) for fit in fits], "sets": sets}
-        llmstack.say(llmstack.as_json(found))
-    else:
-        for line in fit_lines(machine, devices, fits, sets, llmstack):
-            llmstack.say(line)
-    return int(not all(fit.fits for fit in fits))
+    found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
+             "host_gb": machine.host_gb,
+             "devices": [device._asdict() for device in devices],
+             "tiers": [as_row(fit) for fit in fits], "sets": sets}
+    lines = fit_lines(machine, devices, fits, sets, llmstack)
+    return llmstack.Result(found, lines, int(not all(fit.fits for fit in fits)), args.json)

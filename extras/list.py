@@ -134,24 +134,26 @@ def remove(held: Held, kept: Sequence[Held], cache: str) -> int:
     return freed
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def list_lines(models: Sequence[Any], llmstack: Any) -> List[str]:
+    """Two lines a model."""
+    if not models:
+        return ["There is no model on this disk. `llmstack download` fetches the tiers' own."]
+    lines = []
+    for held in models:
+        used = llmstack.span_words(max(0.0, time.time() - held.used_s)) + " ago"
+        tiers = ", ".join(held.tiers) or "no tier of this project"
+        state = held.problem or "complete"
+        lines.append(llmstack.visible(held.name, 200))
+        lines.append(llmstack.visible(
+            f"  {held.size_bytes / 1e9:,.2f} GB, {state}, used {used}: {tiers}", 200))
+    return lines
+
+
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("list", __doc__)
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(list(argv))
     places = llmstack.find_places(os.environ)
     models = held_models(llmstack.planned_config(places), os.environ, llmstack)
-    if args.json:
-        rows = [held._asdict() for held in models]
-        llmstack.say(llmstack.as_json(rows))
-        return 0
-    if not models:
-        llmstack.say("There is no model on this disk. `llmstack download` fetches the tiers' own.")
-        return 0
-    for held in models:
-        used = llmstack.span_words(max(0.0, time.time() - held.used_s)) + " ago"
-        tiers = ", ".join(held.tiers) or "no tier of this project"
-        state = held.problem or "complete"
-        llmstack.say(llmstack.visible(held.name, 200))
-        llmstack.say(llmstack.visible(
-            f"  {held.size_bytes / 1e9:,.2f} GB, {state}, used {used}: {tiers}", 200))
-    return 0
+    rows = [held._asdict() for held in models]
+    return llmstack.Result(rows, list_lines(models, llmstack), is_json=args.json)

@@ -499,7 +499,7 @@ def measure(tiers: Sequence[Any], prober: Prober, as_json: bool) -> Tuple[List[A
     return rows, failed
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("probe", __doc__)
     parser.usage = "llmstack probe [--next] [--json] [TIER ...]"
     parser.add_argument("tiers", metavar="TIER", nargs="*", help="these only")
@@ -515,8 +515,8 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     prober = Prober(places, config, llmstack)
     tiers = chosen(args.tiers, config, llmstack)
     rows, failed = measure(tiers, prober, args.json)
-    if args.json:
-        llmstack.say(json.dumps(rows, indent=2, ensure_ascii=False))
-    elif rows:
+    if rows and not args.json:
         tell_router(places, llmstack)
-    return 1 if failed or any(row["template_error"] for row in rows) else 0
+    code = int(bool(failed) or any(row["template_error"] for row in rows))
+    # People have read each row as it came.
+    return llmstack.Result(rows, (), code, args.json)

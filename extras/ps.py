@@ -41,23 +41,25 @@ def cells(row: Dict[str, Any], llmstack: Any) -> List[str]:
     return [*texts, ""]
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def ps_lines(rows: Sequence[Dict[str, Any]], llmstack: Any) -> List[str]:
+    """The requests as a table without its empty columns."""
+    if not rows:
+        return ["Nothing is being answered."]
+    texts = [cells(row, llmstack) for row in rows]
+    columns = [column for column in zip(HEADINGS, *texts) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for line in zip(*columns):
+        padded = [f"{cell:<{width}}" for cell, width in zip(line, widths)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("ps", __doc__)
     parser.add_argument("--demo", action="store_true", help="the demo's")
     parser.add_argument("--json", action="store_true", help="for programs")
     args = parser.parse_args(list(argv))
     upstream, _ = llmstack.running_router(llmstack.find_places(os.environ, args.demo))
     rows = ask_requests(upstream, llmstack)
-    if args.json:
-        llmstack.say(llmstack.as_json(rows))
-        return 0
-    if not rows:
-        llmstack.say("Nothing is being answered.")
-        return 0
-    texts = [cells(row, llmstack) for row in rows]
-    columns = [column for column in zip(HEADINGS, *texts) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for line in zip(*columns):
-        padded = [f"{cell:<{width}}" for cell, width in zip(line, widths)]
-        llmstack.say("  ".join(padded).rstrip())
-    return 0
+    return llmstack.Result(rows, ps_lines(rows, llmstack), is_json=args.json)

@@ -180,15 +180,17 @@ class Replay:
                 "overflows": ledger.overflows}
 
 
-def show_table(rows: Sequence[Sequence[str]], llmstack: Any) -> None:
+def table_lines(rows: Sequence[Sequence[str]]) -> List[str]:
     """Rows of text, the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
     for first, *rest in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:])]
-        llmstack.say("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+        lines.append("  ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
+    return lines
 
 
-def show(replay: Replay, llmstack: Any) -> None:
+def render(replay: Replay, llmstack: Any) -> List[str]:
     """The result as two tables."""
     result = replay.result()
     tiers = list(dict.fromkeys(tier for row in replay.rungs.values() for tier in row))
@@ -197,8 +199,7 @@ def show(replay: Replay, llmstack: Any) -> None:
         counts = replay.rungs[rung]
         rows.append([rung, f"{sum(counts.values()):,}",
                      *(f"{counts.get(tier, 0):,}" for tier in tiers)])
-    show_table(rows, llmstack)
-    llmstack.say()
+    lines = [*table_lines(rows), ""]
     old, new = result["recorded"], result["replayed"]
     stays = result["stay"]
     rows = [["", "as recorded", "replayed", *(f"stay = {stay}" for stay in stays)]]
@@ -208,13 +209,12 @@ def show(replay: Replay, llmstack: Any) -> None:
                      *(f"{moves[key]:,}" for moves in stays.values())])
     if old["cost"] or new["cost"] or new["cost_unknown"]:
         rows.append(["cost", f"{old['cost']:.2f}", f"{new['cost']:.2f}", *([""] * len(stays))])
-    show_table(rows, llmstack)
+    lines += table_lines(rows)
     for tier in new["cost_unknown"]:
-        llmstack.say(f"What {tier} costs is not in the record, and not in this sum.")
+        lines.append(f"What {tier} costs is not in the record, and not in this sum.")
     if replay.named:
-        llmstack.say(f"{replay.named:,} more asked for a tier by its name.")
-    if replay.unread:
-        llmstack.warn(f"{replay.unread:,} lines are no requests and were passed over")
+        lines.append(f"{replay.named:,} more asked for a tier by its name.")
+    return lines
 
 
 def record_files(path: str, llmstack: Any) -> List[str]:
@@ -240,7 +240,7 @@ def read_file(name: str, take: Callable[[Iterable[str]], None], llmstack: Any) -
         raise llmstack.UserError(f"cannot read {name}: {exc.strerror}", "name a record") from None
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("replay", __doc__)
     parser.add_argument("files", metavar="FILE", nargs="*",
                         help="of the record; - is standard input")
@@ -259,8 +259,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         read_file(name, replay.take, llmstack)
     if not replay.rows:
         raise llmstack.UserError("the record holds no request to auto", "name another file")
-    if args.json:
-        llmstack.say(llmstack.as_json(replay.result()))
-    else:
-        show(replay, llmstack)
-    return 0
+    notes = []
+    if replay.unread:
+        notes.append(f"{replay.unread:,} lines are no requests and were passed over")
+    return llmstack.Result(replay.result(), render(replay, llmstack), 0, args.json, notes)

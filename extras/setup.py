@@ -19,6 +19,7 @@ import time
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 FIRST_ANSWER_S = 300                            # of eight tokens, on a slow disk and one core
+PROBE_MINUTES = 5                               # for one tier on a few cores; a card takes less
 # Where a shell's hook is turned on.
 STARTUP_FILES = {
     "bash": "~/.bashrc",
@@ -318,6 +319,35 @@ def setup_answer(setup: Setup, llmstack: Any) -> str:
     return f"{tier.name} is loaded in {seconds:.1f} s and answers {words!r}"
 
 
+def setup_probe(setup: Setup, llmstack: Any) -> str:
+    """Have `probe` measure the tiers that it has not measured yet, where somebody wants that."""
+    places = setup.places
+    llmstack.check_run_trust(places)
+    config = llmstack.true_config(llmstack.load_config(places), places)
+    here = [tier for _, tier in models_here(config, setup.env, llmstack)]
+    if not here:
+        raise Skipped("there is no model to measure yet")
+    known = llmstack.known_probes(config, setup.env, places.data)
+    left = [tier for tier in here if tier.name not in known]
+    if not left:
+        return "measured before"
+    names = ", ".join(tier.name for tier in left)
+    wanted = setup.args.probe
+    if not wanted and not setup.args.yes:       # --yes stands for what a first answer needs
+        minutes = PROBE_MINUTES * len(left)
+        wanted = setup.ask(f"      Measure what {names} can do here? It takes about {minutes}"
+                           " minutes. [y/N] ")
+    if not wanted:
+        raise Skipped("not wanted now; `llmstack probe` measures what tiers can do here")
+    probe = llmstack.load_extra("probe")
+    _, failed = probe.measure(left, probe.Prober(places, config, llmstack), False)
+    if failed:
+        raise llmstack.UserError(f"not measured: {', '.join(failed)}",
+                                 "`llmstack probe` tries it again")
+    probe.tell_router(places, llmstack)
+    return f"{names}: kept, and what routing goes by"
+
+
 def setup_shell(setup: Setup, llmstack: Any) -> str:
     shell = os.path.basename(setup.env.get("SHELL", "")) or "bash"
     if llmstack.IS_WINDOWS:
@@ -397,6 +427,7 @@ SETUP_STEPS: Tuple[SetupStep, ...] = (
     SetupStep("small model", "one to begin with, where none could be fetched", setup_small),
     SetupStep("this project", "write what opencode needs", setup_project),
     SetupStep("first answer", "load the smallest model and ask it something", setup_answer),
+    SetupStep("measures", "what the tiers can do here, and how fast", setup_probe),
     SetupStep("shell hook", "how projects wire themselves up", setup_shell),
     SetupStep("opencode", "find it", setup_opencode),
 )
@@ -453,6 +484,8 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
                         help="leave the downloads to the background")
     parser.add_argument("--yes", action="store_true",
                         help="ask nothing: bring llama.cpp's server and fetch the models")
+    parser.add_argument("--probe", action="store_true",
+                        help="measure what the tiers can do here, without asking")
     parser.add_argument("--profile", metavar="NAME", default="",
                         help="the tiers for a memory size, in GB, other than this machine's")
     args = parser.parse_args(list(argv))

@@ -172,24 +172,24 @@ def why_lines(decision: Any, llmstack: Any) -> List[WhyLine]:
     return lines
 
 
-def say_why(decision: Any, renamed: str, wrong: str,
-            costs: Mapping[str, Mapping[str, float]], llmstack: Any) -> None:
+def render_why(decision: Any, renamed: str, wrong: str,
+               costs: Mapping[str, Mapping[str, float]], llmstack: Any) -> List[str]:
+    """A decision as people read it: the sentence, the ladder, what would change it."""
     sentences = [llmstack.paint(decision.tier, "1"), renamed, why_words(decision, llmstack), wrong]
-    llmstack.say(". ".join(filter(None, sentences)))
+    lines = [". ".join(filter(None, sentences))]
     width = llmstack.output_columns()
-    lines = llmstack.render_table(why_lines(decision, llmstack), width, llmstack.paint)
-    if lines:
-        llmstack.say("")
-    for line in lines:
-        llmstack.say(line)
+    ladder = llmstack.render_table(why_lines(decision, llmstack), width, llmstack.paint)
+    if ladder:
+        lines += ["", *ladder]
     if decision.nearest:
-        llmstack.say(f"Nearest change: {decision.nearest}")
+        lines.append(f"Nearest change: {decision.nearest}")
     for name, takes in costs.items():
-        llmstack.say(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
+        lines.append(f"On {name}: about {takes['read_s']:,.1f} s to read it anew,"
                      f" {takes['load_s']:,.1f} s more where it must be loaded")
+    return lines
 
 
-def main(argv: Sequence[str], llmstack: Any) -> int:
+def main(argv: Sequence[str], llmstack: Any) -> Any:
     parser = llmstack.extra_parser("why", __doc__)
     parser.add_argument("request", metavar="WORDS|FILE", nargs="+",
                         help="a prompt in plain words, or a JSON request body; - for standard"
@@ -211,14 +211,11 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     if decision.rung == "explicit" and tier is not None and tier.backend != "gguf":
         wrong = llmstack.plan_route(tier, config, decision.down).refused[1]
     costs = known_costs(places, decision, llmstack)
-    if not args.json:
-        say_why(decision, renamed, wrong, costs, llmstack)
-        return 0
     reason = "; ".join(filter(None, [decision.reason, wrong]))
     if renamed:
         reason = f"{renamed}: {reason}"
     found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
              "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
              "takes": costs}
-    llmstack.say(json.dumps(found, indent=2, ensure_ascii=False))
-    return 0
+    lines = render_why(decision, renamed, wrong, costs, llmstack)
+    return llmstack.Result(found, lines, is_json=args.json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -305,6 +306,22 @@ def test_the_demo_fetches_nothing_while_its_ports_are_taken(places: llmstack.Pla
         assert f"holds {taken}" in capsys.readouterr().err
     assert said == []
     assert not Path(places.models_ini).exists()
+
+
+# ---- What follows
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_chat_follows_on_a_terminal_but_not_what_was_detached(
+        detach: bool, places: llmstack.Places, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(llmstack, "has_person", lambda: True)
+    monkeypatch.setenv("LLMSTACK_WORK_DIR", "")
+    chats: list[str] = []
+    monkeypatch.setattr(llmstack, "run_extra", lambda name, words: chats.append(name) or 0)
+    assert DEMO.show_demo(argparse.Namespace(detach=detach), places, "http://x", llmstack) == 0
+    assert chats == ([] if detach else ["run"])
+    assert ("curl -N http://x/v1" in capsys.readouterr().out) is detach
 
 
 # ---- Progress

@@ -246,7 +246,7 @@ def test_the_cards_are_those_that_a_server_sees_without_what_others_hold(
 ) -> None:
     monkeypatch.setattr(llmstack, "IS_MAC", False)
     monkeypatch.setattr(llmstack, "DRM", str(tmp_path))
-    monkeypatch.setattr(llmstack, "_output", lambda command: NVIDIA_SMI if command[0] == "nvidia-smi" else "")
+    monkeypatch.setattr(llmstack, "program_output", lambda command: NVIDIA_SMI if command[0] == "nvidia-smi" else "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if seen is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)

@@ -37,9 +37,8 @@ def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
     facts = llmstack.Facts(True, "auto", False, tokens * 4, 0, 0, 0, 1, 0, "", ())
     decision = llmstack.decide(facts, llmstack.parse_models_ini(LADDER)[0])
     said = json.dumps({"usage": {"prompt_tokens": tokens, "completion_tokens": 100}}).encode()
-    outcome = llmstack.Outcome("done", 200)._replace(said=said)
-    counts = llmstack.tokens_said(outcome.said)
-    made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, counts, outcome)
+    outcome = llmstack.Outcome("done", 200, counts=llmstack.tokens_said(said))
+    made = llmstack.record_row(facts, "/v1/chat/completions", decision.tier, outcome)
     made.update(rung=decision.rung, reason=decision.reason, passed_over=decision.passed_over)
     made["conversation"] = conversation
     return {"time": 1.5, **made, "total_s": 1.0, **more}

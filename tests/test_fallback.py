@@ -165,7 +165,7 @@ def test_what_a_stream_waits_for_is_said_truly(routed: Routed) -> None:
     held = routed.call().chat("code-smart", "hold x", True)
     assert held.status() == 200
     assert held.first_data() == "code-smart says "
-    routed.stage.engine._budget_gb = 1.5                        # only one fits
+    routed.stage.engine._budgets_gb = (1.5,)                    # only one fits
     waiting = routed.call().chat("code-fast", stream=True)
     assert waiting.status() == 200
     assert waiting.event().startswith(": waiting for code-smart to finish before code-fast can load")

@@ -109,13 +109,11 @@ def test_the_row_of_a_request_says_how_much_of_its_prompt_is_read() -> None:
     asked: Any = llmstack.Asked.__new__(llmstack.Asked)
     asked.model, asked.path, asked.stream, asked.began_s = "auto", "/v1/chat/completions", True, 0.0
     asked.body = b"{}"
-    client: Any = None
-    ongoing = llmstack.Ongoing(1, client, asked)
-    assert ongoing.row()["stage"] == "reading the prompt"
-    ongoing.lease = Reading()
-    assert ongoing.row()["stage"] == "reading the prompt 34 %"
+    assert asked.row(1)["stage"] == "reading the prompt"
+    asked.lease = Reading()
+    assert asked.row(1)["stage"] == "reading the prompt 34 %"
     asked.body = b""
-    assert ongoing.row()["stage"] == "writing"
+    assert asked.row(1)["stage"] == "writing"
 
 
 def test_status_shows_both() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import threading
@@ -41,8 +42,11 @@ class TestApp(llmstack.App):
         self.holding = threading.Event()        # a /hold is being answered...
         self.let_go = threading.Event()         # ...until this
         self.flooded = threading.Event()        # a /flood ended
+        self.cores: set[int] = set()            # that answered last
 
     def answer(self, client: llmstack.Client, request: llmstack.Request) -> None:
+        if hasattr(os, "sched_getaffinity"):
+            self.cores = set(os.sched_getaffinity(0))
         if request.target == "/flood":
             try:
                 while True:
@@ -200,8 +204,20 @@ def test_housekeeping_is_not_done_at_every_connection(start: Start) -> None:
     for _ in range(30):
         assert status_of(rig.client(GET)) == 200
     assert rig.app.kept_house == 0
-    rig.server.shutdown()
-    rig.client()                                # wakes it
+
+
+def test_a_server_ends_at_once_however_seldom_it_keeps_house(start: Start) -> None:
+    start(every_s=3600.0).close()
+
+
+@pytest.mark.skipif(llmstack.core_here() < 0, reason="no thread is kept on a core here")
+def test_connections_share_a_core_and_the_main_thread_keeps_its_own(start: Start) -> None:
+    before = os.sched_getaffinity(0)
+    rig = start()
+    for _ in range(3):
+        assert status_of(rig.client(GET)) == 200
+        assert len(rig.app.cores) == 1
+    assert os.sched_getaffinity(os.getpid()) == before
 
 
 def test_housekeeping_is_done_without_any_connection(start: Start) -> None:

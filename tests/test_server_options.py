@@ -254,7 +254,7 @@ def test_auto_speculation_looks_for_the_head(tmp_path: Path) -> None:
     from tests.gguf_models import write
     for layers, expected in ((0, []), (1, ["--spec-type", "draft-mtp"])):
         meta = {"general.architecture": "llama", "llama.nextn_predict_layers": layers}
-        path = write(tmp_path / f"{layers}.gguf", meta, [])
+        path = write(tmp_path / f"{layers}.gguf", meta, [("output.weight", (4, 4), 1)])
         config = configured(f"[a]\npath = {path}\nspeculative = auto\n")
         tier = llmstack.ready_tier(config.tiers[0], {})
         flags = [word for flag in llmstack.tier_flags(tier) for word in flag]

@@ -70,13 +70,14 @@ def test_a_new_users_setup_ends_with_an_answer_and_the_next_does_nothing(
     out = capsys.readouterr().out
     first = steps(out)
     assert list(first) == ["models.ini", "hardware", "llama-server", "llama-swap", "downloads", "wait for them", "small model",
-                           "this project", "first answer", "shell hook", "opencode"]
+                           "this project", "first answer", "measures", "shell hook", "opencode"]
     assert "xllamacpp" in first["llama-server"]
     assert first["llama-swap"].startswith("ok: ")
     assert "8 of 8 models to fetch" in first["downloads"]
     assert "5 downloaded" in first["wait for them"]
     assert "is loaded in" in first["first answer"]
     assert "answers '" in first["first answer"]
+    assert first["measures"].startswith("skipped: not wanted now"), "--yes is for less"
     assert f"""eval "$('{sys.executable}' '{llmstack.PROGRAM}' activate bash)\"""" in first["shell hook"]
     assert "npm install -g opencode-ai" in first["opencode"]
     assert out.splitlines()[-1] == "All set. Bring the stack up with `llmstack start`."
@@ -436,7 +437,7 @@ def test_without_the_models_ini_that_was_meant_nothing_is_fetched(written: str |
         Path(".llmstack/models.ini").write_text(written)
     assert llmstack.main(["setup", "--yes", *words]) == code
     captured = capsys.readouterr()
-    assert captured.out.startswith("[1/11] models.ini: ")
+    assert captured.out.startswith("[1/12] models.ini: ")
     assert captured.out.count("\n") == 1
     assert captured.err.startswith("llmstack: error: ")
     assert captured.err.count("\n") == 2

@@ -171,10 +171,13 @@ def test_anthropics_marks_move_and_change_nothing() -> None:
 
 
 def test_side_requests_of_a_session_are_no_turns_of_its_conversation() -> None:
+    named = {b"session_id": b"one"}
     main, title = body(*TURN), body(said("user", "a title, please"))
-    assert llmstack.thread_key("one", main) != llmstack.thread_key("one", title)
-    assert llmstack.thread_key("one", main) == llmstack.thread_key("one", body(*TURN, *TURN))
-    assert llmstack.thread_key("", main) == ""
+    conversation, thread = llmstack.conversation_keys(named, main)
+    assert conversation == llmstack.conversation_keys(named, title)[0] == "one"
+    assert thread != llmstack.conversation_keys(named, title)[1]
+    assert thread == llmstack.conversation_keys(named, body(*TURN, *TURN))[1]
+    assert llmstack.conversation_keys({}, {}) == ("", "")
 
 
 # ---- through the router
