@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 COVERAGE = "coverage==7.17.5"
-# The archive that tests build has the same files inside.
+# The archive that tests build, and the program alone that they copy, are the same files.
 SETTINGS = """\
 [run]
 branch = true
@@ -26,10 +26,12 @@ sigterm = true
 patch = subprocess, execv, _exit
 data_file = {data}/c
 include = */llmstack.py, */extras/*.py
+disable_warnings = couldnt-parse
 [paths]
 program =
     {root}
     */llmstack.pyz
+    */alone
 [report]
 ignore_errors = true
 """

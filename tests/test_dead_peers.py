@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Optional
 
 import pytest
@@ -97,6 +98,32 @@ def test_a_llama_swap_that_tells_nonsense_tells_nothing(peer: Any, tmp_path: Pat
     lease = swap.app.lease("other")
     assert lease.ready(), "it is no tier: llama-swap says so itself"
     assert lease.stage() == "waiting for llama-swap to load other"
+
+
+def test_a_llama_swap_that_died_has_lost_what_was_restored(tmp_path: Path, monkeypatch: Patch,
+                                                           dead: llmstack.Upstream) -> None:
+    swap = Swap(tmp_path, dead)
+    swap.bays._settling["code-fast"] = llmstack.Settling()
+    swap.app._process = SimpleNamespace(poll=lambda: -9)
+    started: list[bool] = []
+    monkeypatch.setattr(swap.app, "RESTART_S", -1)
+    monkeypatch.setattr(swap.app, "_spawn", lambda: started.append(True))
+    swap.app._closing = True
+    swap.app.every_second()
+    assert not started, "it was stopped"
+    swap.app._closing = False
+    swap.app.every_second()
+    assert started
+    assert swap.bays._settling == {}, "the next request restores again"
+
+
+def test_a_loaded_models_pace_is_its_own(tmp_path: Path, dead: llmstack.Upstream) -> None:
+    swap = Swap(tmp_path, dead)
+    known = swap.bays._settling["code-fast"] = llmstack.Settling()
+    loaded = llmstack.Pace(100.0, 5.0, True)
+    bay: Any = SimpleNamespace(pace=lambda tokens: loaded)
+    known.bay = bay
+    assert swap.app.pace("code-fast", 5000) == loaded
 
 
 def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Path) -> None:
@@ -258,6 +285,36 @@ def test_status_says_which_half_of_a_daemon_ails(daemon: Any, answers: Answers, 
     assert code == int("Memory" not in says)
 
 
+def test_nothing_runs_and_another_project_has_the_daemons(
+        monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = llmstack.find_places(os.environ, demo=True)
+    monkeypatch.setattr(llmstack, "other_owner", lambda places: demo)
+    assert llmstack.main(["status"]) == 1
+    assert f"The daemons of this machine belong to {demo.work}." in capsys.readouterr().out
+    assert llmstack.main(["stop"]) == 1
+    assert "run `llmstack stop --demo`" in llmstack_spelled(capsys.readouterr().err)
+    monkeypatch.setattr(llmstack, "other_owner", lambda places: llmstack.places_at("/d", "/other"))
+    assert llmstack.main(["stop"]) == 1
+    assert "hint: run it in /other\n" in capsys.readouterr().err
+    monkeypatch.setattr(llmstack, "other_owner", lambda places: None)
+    llmstack.main(["status", "--demo"])
+    assert "Bring it up with `llmstack start --demo`." in llmstack_spelled(capsys.readouterr().out)
+
+
+def llmstack_spelled(text: str) -> str:
+    """A text with the program called by its name, however this suite was started."""
+    return text.replace(f"`{llmstack.called_as()} ", "`llmstack ")
+
+
+def test_a_project_without_tiers_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    state = Path.cwd() / ".llmstack"
+    state.mkdir()
+    (state / "models.ini").write_text("[DEFAULT]\nengine = embedded\n")
+    assert llmstack.main(["start", "--detach"]) == 2
+    assert "models.ini:1: names no tier" in capsys.readouterr().err
+    assert not (state / "router.pid").exists()
+
+
 PROXY_TIER = "[far]\nrole = agent\nmodel = anthropic/claude-sonnet-4-5\n"
 
 
@@ -325,6 +382,44 @@ def test_a_llama_server_that_is_named_must_be_there(tmp_path: Path) -> None:
         llmstack.find_llama_server(config, {}, data)
     config = config._replace(tiers=llmstack.parse_models_ini(TIER)[0].tiers)
     assert llmstack.refused_notes(config, {}, data) == [], "check_plan has said it"
+
+
+def test_a_llama_server_on_path_is_taken(tmp_path: Path, monkeypatch: Patch) -> None:
+    program = tmp_path / ("llama-server" + llmstack.EXE)
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert llmstack.find_llama_server(llmstack.Config(), {}, str(tmp_path)) == (str(program),)
+
+
+@pytest.mark.parametrize(("refused", "park_gb", "parks"), [
+    ([], 4.0, True), (["--slot-save-path"], 4.0, False), ([], 0.0, False)])
+def test_a_llama_server_that_cannot_park_is_not_told_to(
+        tmp_path: Path, monkeypatch: Patch, refused: list[str], park_gb: float,
+        parks: bool) -> None:
+    monkeypatch.setattr(llmstack, "find_llama_server", lambda config, env, data: ("llama-server",))
+    monkeypatch.setattr(llmstack, "probe_flags", lambda *_: frozenset(refused))
+    config = llmstack.Config(park_gb=park_gb)
+    server = llmstack.swap_binary(config, {}, str(tmp_path))
+    assert ("--slot-save-path" in server.program) is parks
+
+
+def test_litellms_port_is_one_of_those_that_a_start_needs(
+        monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+    places = llmstack.find_places(os.environ)
+    config = llmstack.parse_models_ini(PROXY_TIER)[0]
+    plan = llmstack.Plan(places, config, "127.0.0.1", 10101)
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: "")
+    assert "litellm_port" not in llmstack._plan_ports(plan)
+    monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: "/bin/litellm")
+    assert llmstack._plan_ports(plan)["litellm_port"] == ("127.0.0.1", config.litellm_port)
+    proxy = SimpleNamespace(port=10103, preload=False)
+    monkeypatch.setattr(llmstack, "plan_proxy", lambda *_: proxy)
+    llmstack._say_started(plan)
+    assert "LiteLLM http://127.0.0.1:10103/ui, on demand\n" in capsys.readouterr().out
+    proxy.preload = True
+    llmstack._say_started(plan)
+    assert "LiteLLM http://127.0.0.1:10103/ui, starting" in capsys.readouterr().out
 
 
 def test_an_engine_that_is_asked_for_must_be_there(tmp_path: Path, monkeypatch: Patch) -> None:

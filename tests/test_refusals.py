@@ -216,11 +216,11 @@ def test_a_pipe_in_the_place_of_a_model_stops_no_start(tmp_path: Path) -> None:
 def test_the_record_says_what_a_request_cost_and_what_was_drafted() -> None:
     facts = llmstack.Facts("auto", "auto", False, 40, 0, 0, 0, 1, 0, "")
     path = "/v1/chat/completions"
-    row = llmstack.record_row(facts, path, "t", llmstack.Counts(), llmstack.Outcome("ok"))
+    row = llmstack.record_row(facts, path, "t", llmstack.Outcome("ok"))
     assert not {"cost", "drafted", "accepted", "per_s"} & set(row)
     counts = llmstack.Counts(drafted=20, accepted=15, written_per_s=41.26)
-    outcome = llmstack.Outcome("ok", cost=0.0125)
-    row = llmstack.record_row(facts, path, "t", counts, outcome)
+    outcome = llmstack.Outcome("ok", cost=0.0125, counts=counts)
+    row = llmstack.record_row(facts, path, "t", outcome)
     assert (row["drafted"], row["accepted"], row["cost"], row["per_s"]) == (20, 15, 0.0125, 41.3)
 
 
@@ -376,6 +376,22 @@ def test_a_daemon_that_does_not_answer_in_time_is_said(tmp_path: Path, clock: li
     assert "within 90 s at start:\n" in str(caught.value)
     assert "loading 45 GB" in str(caught.value)
     assert caught.value.hint == f"see {log}"
+
+
+def test_a_process_in_the_middle_of_exec_is_looked_at_again(clock: list[float],
+                                                            monkeypatch: Patch) -> None:
+    seen = iter([{}, {}, {"HOME": "/h"}])
+    monkeypatch.setattr(llmstack, "process_environment", lambda pid: next(seen))
+    monkeypatch.setattr(llmstack, "process_started", lambda pid: "then")
+    assert llmstack._settled_environment(4711) == {"HOME": "/h"}
+    monkeypatch.setattr(llmstack, "process_environment", lambda pid: {})
+    assert llmstack._settled_environment(4711) == {}, "some have none"
+
+
+def test_no_process_has_the_number_0() -> None:
+    """To a signal it means every process of a group."""
+    assert llmstack.process_started(0) == llmstack.process_started(-1) == ""
+    assert not llmstack.Record(os.getpid(), "", "mark").alive
 
 
 # ---- ports

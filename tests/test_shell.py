@@ -586,6 +586,14 @@ def test_a_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytes
     assert "the current directory is gone" in capsys.readouterr().err
 
 
+def test_a_project_that_has_gone_since_the_shell_looked_is_nothing(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["_hook", "bash", str(tmp_path / "gone")]) == 0
+    assert capfd.readouterr() == ("", "")
+    # Nor does a prompt mind that there is no ledger of trust any more.
+    llmstack._touch_trust(str(tmp_path / "gone"))
+
+
 def test_the_environment_of_another_project_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"LLMSTACK_HOOK": "1:bash:/elsewhere",
            "LLMSTACK_WORK_DIR": "/elsewhere", "_llmstack_new_LLMSTACK_WORK_DIR": "/elsewhere",
