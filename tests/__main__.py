@@ -209,7 +209,8 @@ def main() -> int:
     if words[:1] == ["--coverage"]:
         run([python, "-m", "pip", "-q", "install", "--disable-pip-version-check", sections.COVERAGE], "coverage")
         words = words[1:]
-        return sections.measure(python, [*at_once(words), *words], environment)
+        report = os.path.join(cache_dir(), "coverage.json")
+        return sections.measure(python, [*at_once(words), *words], environment, report)
     return subprocess.call([python, "-m", "pytest", *at_once(words), *words], env=environment)
 
 

@@ -69,8 +69,11 @@ def render_table(report: dict[str, Any], text: str) -> str:
     return "\n".join(shown)
 
 
-def measure(python: str, words: list[str], environment: dict[str, str]) -> int:
-    """Run pytest under coverage and print the table; pytest's exit code."""
+def measure(python: str, words: list[str], environment: dict[str, str], report: str) -> int:
+    """Run pytest under coverage and print the table; pytest's exit code.
+
+    `report`: the file for coverage's own, which names every line and branch that was not run.
+    """
     with tempfile.TemporaryDirectory() as data:
         settings = Path(data, "settings")
         settings.write_text(SETTINGS.format(data=data, root=ROOT), encoding="utf-8")
@@ -81,7 +84,8 @@ def measure(python: str, words: list[str], environment: dict[str, str]) -> int:
 
         code = coverage("run", "-m", "pytest", *words)
         coverage("combine", "-q")
-        coverage("json", "-q", "-o", f"{data}/report")
-        report = json.loads(Path(data, "report").read_text(encoding="utf-8"))
-    print(render_table(report, (ROOT / "llmstack.py").read_text(encoding="utf-8")))
+        coverage("json", "-q", "-o", report)
+    found = json.loads(Path(report).read_text(encoding="utf-8"))
+    print(render_table(found, (ROOT / "llmstack.py").read_text(encoding="utf-8")))
+    print(f"What was not run: {report}")
     return code
