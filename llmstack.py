@@ -16076,13 +16076,9 @@ HOOK_FILES = {
 }
 
 
-def _untrusted_words(places: Places) -> str:
-    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: {_untrusted_words(places)}"
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def check_run_trust(places: Places) -> None:
@@ -16316,8 +16312,6 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not is_trusted(places, "hook"):
-        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))

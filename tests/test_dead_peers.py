@@ -173,6 +173,24 @@ def test_a_model_that_did_not_get_ready_is_tried_again(peer: Any, tmp_path: Path
     assert swap.bays._settling == {}
 
 
+@pytest.mark.parametrize(("tokens", "restored"), [(0, 1), (5000, 0)])
+def test_a_server_that_is_in_use_is_restored_into_no_more(
+        peer: Any, tmp_path: Path, monkeypatch: Patch, tokens: int, restored: int) -> None:
+    """Our daemon may have been restarted, and llama-swap's server not."""
+    server = peer({"/slots": [{"id": 0, "n_prompt_tokens": tokens}]})
+    row = {"model": "code-fast", "state": "ready", "proxy": f"http://127.0.0.1:{server.port}"}
+    swap = Swap(tmp_path, upstream_of(peer({
+        "/running": {"running": [row]}, "/upstream/code-fast/health": {"status": "ok"}})))
+    restores: list[llmstack.Bay] = []
+    monkeypatch.setattr(llmstack.Bay, "restore", lambda bay: restores.append(bay))
+    assert swap.settled().ready()
+    lease = swap.settled()
+    assert lease.ready()
+    assert lease.bay is not None
+    assert len(restores) == restored
+    assert swap.bays._parking.speeds.load_s("a" * 24) == 0, "it was loaded already"
+
+
 def test_a_models_speed_is_known_before_it_is_loaded(tmp_path: Path,
                                                      dead: llmstack.Upstream) -> None:
     swap = Swap(tmp_path, dead)
