@@ -174,11 +174,11 @@ def hangs(path: Path, call: Callable[[], object]) -> bool:
     os.mkfifo(path)
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(5)                              # only what hangs ever takes this long
+    thread.join(20)                             # only what hangs ever takes this long
     hung = thread.is_alive()
     if hung:
-        with open(path, "rb"):
-            thread.join()
+        os.close(os.open(path, os.O_RDWR))      # either end lets it go
+        thread.join()
     return hung
 
 
