@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from tests import sections
 
 TEXT = """\
@@ -24,7 +26,8 @@ def of_file(executed: list[int], missing: list[int]) -> dict[str, list[object]]:
 
 
 def test_lines_count_for_the_section_they_stand_in() -> None:
-    report = {"files": {"extras/ps.py": of_file([], [1]), "llmstack.py": of_file([1, 5], [9])}}
+    report = {"files": {"extras/ps.py": of_file([], [1]), "llmstack.py": of_file([1, 5], [9]),
+                        os.path.abspath("llmstack.py"): of_file([], [5])}}
     rows = [line.split() for line in sections.render_table(report, TEXT).splitlines()]
     assert rows[1:] == [
         ["docstring,", "imports", "100.0", "100.0", "1"], ["ONE", "100.0", "100.0", "1"],
