@@ -6397,6 +6397,7 @@ def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
 
 def read_memory_state(cards: bool) -> MemoryState:
     """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
+    import mmap
     free_gb = -1.0
     if cards:
         found = _seen_nvidia_cards(os.environ)
@@ -6404,16 +6405,17 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
-        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
-                           card_free_gb=free_gb)
+        told = program_output(["vm_stat"])
+        page_bytes = number_found(r"page size of ([0-9]+)", told, 16_384)
+        swapped = number_found(r"Swapouts:\s+([0-9]+)", told) * page_bytes
+        return MemoryState(swapped_bytes=int(swapped), critical=level == "4", card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
-    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    swapped = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
     return MemoryState(
         stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
         available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
         total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
-        swapped_bytes=int(pages) * 4096,
+        swapped_bytes=int(swapped) * mmap.PAGESIZE,
         card_free_gb=free_gb,
     )
 
@@ -9863,7 +9865,7 @@ class Recorder:
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
-                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                fd = open_log(self._path)
                 try:
                     os.write(fd, text.encode("utf-8", "replace"))
                 finally:
@@ -11793,7 +11795,8 @@ def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
 
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
-    with open(path, "rb") as file:
+    # A pipe in its place would keep a start waiting.
+    with open(path, "rb", opener=_open_at_once) as file:
         def read(offset: int, count: int) -> bytes:
             file.seek(offset)
             return file.read(count)
@@ -12713,7 +12716,7 @@ def file_edges(path: str) -> str:
     """Tells files apart by their size, beginning and end. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(_EDGE_BYTES))
         file.seek(max(size - _EDGE_BYTES, 0))
@@ -16087,13 +16090,9 @@ HOOK_FILES = {
 }
 
 
-def _untrusted_words(places: Places) -> str:
-    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: {_untrusted_words(places)}"
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def check_run_trust(places: Places) -> None:
@@ -16327,8 +16326,6 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not is_trusted(places, "hook"):
-        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
