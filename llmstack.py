@@ -16,14 +16,16 @@ Router and engine are one process, the daemon (`_daemon`), which owns all that i
 with a base_url is no model of the engine's: the router asks that host itself. LiteLLM's proxy, for
 the other hosted tiers, is a child of the engine.
 
-A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp
-(who may ask, which route) -> read_facts -> decide -> ask_lease (waits until a backend is ready, and
-tells a waiting stream so) -> relay (pooled upstream connection, bytes as they come) -> Ladder (the
-next tier, where this one has failed before its first byte) -> Recorder.
+A request crosses this file in this order: Server (accepts; a thread a connection) -> Client (reads
+head and body) -> RouterApp.answer (who may ask) -> RouterApp._ask_ladder, which has all the rest:
+read_facts -> decide -> ask_lease (waits until a backend is ready, and tells a waiting stream so) ->
+relay (pooled upstream connection, bytes as they come) -> Descent (the next tier, where this one has
+failed before its first byte) -> Recorder.
 
-`start` crosses it in this order: offer_trust -> planned_config -> Plan (host, port, channel, kind
-of engine) -> check_plan -> start_stack (spawns the daemon, waits until it answers) ->
-rewire_project -> open_shell. `restart` stops the old daemon once all else is checked.
+`start` is _bring_up: offer_trust -> planned_config -> Plan (host, port, channel, kind of engine) ->
+check_plan -> seed_project -> start_stack (spawns the daemon, waits until it answers) ->
+rewire_project -> open_shell. The daemon is _cmd_daemon -> _serve_plan (engine, router, two
+servers). `restart` stops the old daemon once all else is checked.
 
 Words, each with one meaning:
     tier        a [section] of models.ini: a name that clients ask for, with its model and context
@@ -513,6 +515,9 @@ class Facts(NamedTuple):
 # ==================================================================================================
 # PURE: LADDER
 # ==================================================================================================
+# Which tier a request is for, from the request alone: its path and the name that it asks for, its
+# size in tokens, a trigger; then what it costs a conversation to leave its tier. Asking the tiers
+# of a Decision, one after the other, is RouterApp._ask_ladder's, in ROUTER.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -1388,8 +1393,9 @@ class Option(NamedTuple):
     """One key of models.ini.
 
     `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
-    matches the values that need no trust; a key whose row does not speak of it needs trust.
-    `flags` are all names of the flag of llama-server that a key stands for; the first is written.
+    matches the values that need no trust. `flags` are all names of the flag of llama-server that a
+    key stands for; the first is written. Of a switch it is the first that says its value: for off
+    one that begins with --no-. So a key is named for what is on: jinja, not no_jinja.
     """
 
     kind: str
@@ -1421,7 +1427,9 @@ def _option_table(rows: str) -> Dict[str, Option]:
 
 
 # The tables below are all that is known of the file: reading, errors, "did you mean", what needs
-# trust and llama-server's flags come from them.
+# trust and llama-server's flags come from them. What no row says, and no test asks: a key that
+# changes how much memory a model takes is for load_options, too, and a flag whose value changes
+# nothing of a saved slot is for _NOT_IN_KV.
 
 # What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
 SERVER_OPTIONS = _option_table("""
@@ -10433,6 +10441,9 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
 # ==================================================================================================
 # ROUTER
 # ==================================================================================================
+# Who may ask, which tier answers, and what becomes of it where that fails: RouterApp.answer sorts
+# the paths, _ask_ladder has the whole way of an `auto` request, _ask_named that of a tier's own
+# name. What is behind it is a Behind with leases; nothing here knows which engine that is.
 
 
 class Breaker:
@@ -10659,8 +10670,8 @@ def unknown_model(config: Config, model: object) -> HttpError:
                           f" {', '.join(names)}", "not_found")
 
 
-class Ladder:
-    """The way of one `auto` request down the tiers, as they fail."""
+class Descent:
+    """The way of one `auto` request down the ladder, as its tiers fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  learn: Callable[[int], None]) -> None:
@@ -11331,11 +11342,11 @@ class RouterApp(App):
             worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
             self._conversations.learn(key, worth, truth)
 
-        ladder = Ladder(asked, decision, now, self._breaker, learn)
+        descent = Descent(asked, decision, now, self._breaker, learn)
         reason = ""
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
-            ladder.prefer(idle)
+            descent.prefer(idle)
             asked.patience_s = config.patience_s if idle else 0.0
 
         def headers() -> bytes:
@@ -11346,17 +11357,17 @@ class RouterApp(App):
             texts = ()
             reason = reason or decision.reason
             asked.look_at_prompt()
-            lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
-            return lines + leaving_header(asked.leaving, ladder.tier.name)
+            lines = decision_headers(decision, descent.tier.name, descent.fallbacks, reason)
+            return lines + leaving_header(asked.leaving, descent.tier.name)
 
         while True:
-            route = ladder.route
-            outcome = self._try(client, ladder, headers)
-            if not ladder.settle(outcome):
+            route = descent.route
+            outcome = self._try(client, descent, headers)
+            if not descent.settle(outcome):
                 break
             asked.patience_s = 0.0
-        name, reason = ladder.tier.name, reason or decision.reason
-        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+        name, reason = descent.tier.name, reason or decision.reason
+        fell = f"; fell back {', '.join(descent.fallbacks)}" if descent.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
@@ -11367,7 +11378,7 @@ class RouterApp(App):
         if loop:                                # before the reason: replay reads no further
             row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        self._note(asked, row, ladder.fallbacks)
+        self._note(asked, row, descent.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
@@ -11378,18 +11389,18 @@ class RouterApp(App):
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
-        """Ask the ladder's present tier. Errors: ClientGone."""
-        route, asked = ladder.route, ladder.asked
+    def _try(self, client: Client, descent: Descent, headers: Callable[[], bytes]) -> Outcome:
+        """Ask the descent's present tier. Errors: ClientGone."""
+        route, asked = descent.route, descent.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, descent.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
+            self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
@@ -11469,6 +11480,9 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # ==================================================================================================
 # LLAMA-SERVER
 # ==================================================================================================
+# Which programs the engines run, and what a llama-server says of itself: the flags it refuses, its
+# devices, its build. It is run for that and for nothing else; loading models is ENGINE's.
+
 
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     """The command that starts llama-server: as configured, as on PATH, or our stand-in.
@@ -16698,7 +16712,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # COMMANDS
 # ==================================================================================================
 # The room of the command line: each command reads its arguments, calls the rooms above and says
-# what came of it. Here os.environ becomes the environment that travels with the places.
+# what came of it. Here os.environ becomes the environment that travels with the places. The daemon
+# of `start` is a command, too: _cmd_daemon, for which _serve_plan puts router and engine together.
 
 
 def _places(args: Any) -> Places:
@@ -16950,7 +16965,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places))
+        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
@@ -17057,14 +17072,13 @@ def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
 
 
 # llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
-_STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded",
-                "unknown": "not running"}
+_SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
 
 
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
+    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row

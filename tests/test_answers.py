@@ -222,7 +222,8 @@ def reckon(data: bytes) -> None:
         for offload in (False, True):
             load = llmstack.LoadOptions(flash_attn=offload, gpu_layers=99 * offload, cuda=offload)
             memory = llmstack.estimate_memory(found, 4096, load)
-            assert all(0 <= part <= llmstack.MAX_MODEL_BYTES for part in memory)
+            parts = [*memory.parts.values(), memory.host, *memory.each]
+            assert all(0 <= part <= llmstack.MAX_MODEL_BYTES for part in parts)
         fit = llmstack.fit_tier(tier, llmstack.Config(), llmstack.Machine(16.0, "", False), found,
                                 "local", "f.gguf")
         assert fit.need_gb >= 0

@@ -98,4 +98,4 @@ def test_a_model_in_a_folder_of_its_repository_is_known() -> None:
     found = llmstack.known_header("Q4_K_M/Qwen3.5-397B-A17B-Q4_K_M-00001-of-00006.gguf", 1.0, models)
     assert found is not None
     assert found.tensor_bytes == 244_090_000_000
-    assert found.experts.keys() == set(range(60))
+    assert len(found.tensors) == 60, "of the experts, one a layer"
