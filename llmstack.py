@@ -3957,22 +3957,11 @@ def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     return low * 256
 
 
-FIT_SOURCES = {                                 # what a tier's need is reckoned by
-    "local": "by its file",
-    "hub": "by its header on the hub",
-    "dimensions": "by its published dimensions",
-    "size_gb": "by size_gb x 1.1",
-    "broken": "its file is broken",
-    "unknown": "its size is not known",
-    "hosted": "hosted",
-}
-
-
 class TierFit(NamedTuple):
     """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
 
     name: str
-    source: str                                 # a key of FIT_SOURCES
+    source: str                                 # a key of SOURCES in extras/fit.py
     where: str
     need_gb: float                              # of the budget
     fits: bool
@@ -4088,21 +4077,6 @@ def _known_experts(header: GgufHeader) -> Dict[str, int]:
     in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
     each = in_layers * experts // (experts + attention) // layers.count
     return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
-
-
-def fit_sets(config: Config, fits: Sequence[TierFit],
-             budgets_gb: Needs = ()) -> List[Tuple[Tuple[str, ...], float]]:
-    """Every set of the matrix, whether or not it fits, with what it needs in GB.
-
-    With a budget, the sets that grow within it follow.
-    """
-    need = {f.name: f.need_gb for f in fits}
-    needs = {f.name: f.needs for f in fits}
-    sets = [s.tiers for s in residency_sets(config)]
-    known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
-    grown = [s.tiers for s in residency_sets(known, needs, budgets_gb)] if budgets_gb else []
-    sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
-    return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
 
 
 def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
@@ -11560,29 +11534,6 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     return frozenset(refused)
 
 
-class Device(NamedTuple):
-    """What llama-server can load layers on; MiB."""
-
-    name: str                                   # as `device` of models.ini names it
-    description: str
-    total_mib: int
-    free_mib: int
-
-
-_DEVICE = re.compile(r"\s+([\w.:-]+): (.+) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*\Z")
-
-
-def parse_devices(text: str) -> List[Device]:
-    """What `llama-server --list-devices` prints. Source: arg.cpp, b11669."""
-    found = filter(None, map(_DEVICE.match, text.splitlines()))
-    return [Device(m.group(1), m.group(2), int(m.group(3)), int(m.group(4))) for m in found]
-
-
-def list_devices(program: Sequence[str]) -> List[Device]:
-    """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(program_output([*program, "--list-devices"])) if program else []
-
-
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
     """As refused_settings, of each tier by its own llama-server; none where that does not run."""
     notes: List[str] = []
@@ -12030,74 +11981,6 @@ def true_config(config: Config, places: Places,
     return with_probes(true, known_probes(true, os.environ, places.data))
 
 
-class Trial:
-    """A llama-server of our own for one tier, up for as long as its block runs.
-
-    Errors, at the block's beginning: UserError where the tier does not load.
-    """
-
-    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str]) -> None:
-        self.tier, self.config = tier, config
-        self.log = places.log(f"{tier.name}.log")
-        self.loaded_s = 0.0
-        self.process: Any = None
-        self.command: List[str] = []
-        self._places, self._env = places, env
-        # Any free port: two trials that look for the next one in the same moment get the same,
-        # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
-        self._upstream = Upstream("127.0.0.1", free_port("127.0.0.1"))
-        self._upstream.key = os.urandom(16).hex()
-
-    def __enter__(self) -> Trial:
-        data, env = self._places.data, self._env
-        program = find_llama_server(tier_config(self.config, self.tier), env, data)
-        if not program:
-            raise UserError("there is no llama-server on this machine",
-                            "install llama.cpp, or run `llmstack setup`")
-        refused = probe_flags(program, self.config, data)
-        tier = ready_tier(self.tier, env)
-        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
-        own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
-               "LLAMA_API_KEY": self._upstream.key,
-               STACK_VARIABLE: new_mark(self._places.project)}
-        began = time.monotonic()
-        self.process = spawn(self.command, self.log, own)
-        try:
-            while not self._is_up():
-                if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
-                    raise UserError(f"{tier.name} does not load:\n{tail_of(self.log)}",
-                                    f"see {self.log}; `llmstack check` looks at its file")
-                time.sleep(0.05)
-        except BaseException:
-            self._end()
-            raise
-        self.loaded_s = time.monotonic() - began
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        pid = self.process.pid
-        stop_process(pid, process_started(pid), STOP_GRACE_S, self.process.poll)
-        self.process.wait()
-
-    def _is_up(self) -> bool:
-        try:
-            return self._upstream.get("/health", 5.0)[0].status == 200
-        except (OSError, ValueError):
-            return False
-
-    def ask(self, path: str, body: Optional[Mapping[str, Any]] = None,
-            timeout_s: float = 10) -> Tuple[int, Dict[str, Any]]:
-        """(status, answer) of its server. Errors: OSError, ValueError."""
-        method, data = "GET", b""
-        if body is not None:
-            method, data = "POST", json.dumps(body).encode()
-        response, said = self._upstream.get(path, timeout_s, method, JSON_LINE, body=data)
-        return response.status, parse_json_object(said)
-
-
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
@@ -12263,22 +12146,6 @@ def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
         if isinstance(row, dict):
             found[tier.name] = row
     return found
-
-
-def keep_probe(data: str, identity: str, row: Mapping[str, Any]) -> None:
-    """Keep what was found of a tier. Errors: UserError."""
-    rows = _read_json(probes_file(data))
-    rows.pop(identity, None)
-    kept = dict(list(rows.items())[1 - MAX_PROBES:])
-    write_atomic(probes_file(data), json.dumps({**kept, identity: row}, indent=1))
-
-
-def probe_problems(config: Config, places: Places) -> List[str]:
-    """What a probe has found that keeps a tier from working, a line each."""
-    probes = known_probes(true_config(config, places), os.environ, places.data)
-    errors = {name: row.get("template_error") for name, row in probes.items()}
-    return [f"{name}: its template does not compile: {visible(error)}"
-            for name, error in errors.items() if isinstance(error, str) and error]
 
 
 # ==================================================================================================
@@ -15238,38 +15105,6 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
     return _Told(states, otherwise, hosted)
 
 
-def running_gb(places: Places) -> float:
-    """What the models that are loaded take by the daemon's own count; 0 where there is none."""
-    record = running_record(places)
-    if record is None:
-        return 0.0
-    now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    resident = dict_of(now.get("memory")).get("resident")
-    return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
-
-
-def running_machine(places: Places, config: Config) -> Optional[Machine]:
-    """The budget that the project's daemon goes by, None where there is none.
-
-    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
-    """
-    record = running_record(places)
-    if record is None:
-        return None
-    told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
-    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
-        return None
-    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
-        return None
-    cards = told.get("cards")
-    each: Tuple[float, ...] = ()
-    if isinstance(cards, list):
-        each = tuple(gb for gb in cards if isinstance(gb, float))
-    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
-                   each)
-
-
 def _tier_rows(places: Places, config: Config, told: _Told,
                env: Mapping[str, str]) -> List[Dict[str, Any]]:
     """The rows of `status`; `env`: that of the daemon, whose credentials count."""
@@ -15753,16 +15588,6 @@ def progress_words(have: int, size: int, rate: float) -> str:
     if rate <= 0:
         return words
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
-
-
-def file_sha256(path: str) -> str:
-    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
-    import hashlib
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # The worker: one process a project, started by `download` and left alone. Its queue is

@@ -12,6 +12,7 @@ examples:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import urllib.error
@@ -99,6 +100,15 @@ def ask_hub(tiers: Sequence[Any], env: Mapping[str, str],
 # ---- the disk
 
 
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_begun(folder: str, sums: Sequence[str]) -> bool:
     """True when a download has left something of one of these blobs, of any where none is known."""
     try:
@@ -138,7 +148,7 @@ def local_state(weights: Any, env: Mapping[str, str], hub: Mapping[str, Any],
             return "damaged", f"it {damage}"
         is_cheap = llmstack.file_size(path) <= CHEAP_HASH_BYTES
         is_known = re.match(r"[0-9a-f]{64}\Z", expected)
-        if is_cheap and is_known and llmstack.file_sha256(path) != expected:
+        if is_cheap and is_known and file_sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
@@ -398,6 +408,14 @@ def all_drift(places: Any, config: Any, env: Mapping[str, str],
     return drift
 
 
+def probe_problems(config: Any, places: Any, llmstack: Any) -> List[str]:
+    """What a probe has found that keeps a tier from working, a line each."""
+    probes = llmstack.known_probes(llmstack.true_config(config, places), os.environ, places.data)
+    errors = {name: row.get("template_error") for name, row in probes.items()}
+    return [f"{name}: its template does not compile: {llmstack.visible(error)}"
+            for name, error in errors.items() if isinstance(error, str) and error]
+
+
 def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
                 names: Sequence[str], llmstack: Any) -> Dict[str, Any]:
     """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
@@ -428,7 +446,7 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
         row = tier_row(tier, drift.get(tier.name, []), unset.get(tier.name, ""), files)
         rows.append(row)
         needs += tier_needs(tier, row)
-    needs += [Need("", problem) for problem in llmstack.probe_problems(config, places)]
+    needs += [Need("", problem) for problem in probe_problems(config, places, llmstack)]
     notes += llmstack.refused_notes(config, env, places.data)
     fetch = [row["current"] for row in rows if "current" in row]
     fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")

@@ -289,7 +289,8 @@ def setup_project(setup: Setup, llmstack: Any) -> str:
 def prove_tier(tier: Any, config: Any, setup: Setup, llmstack: Any) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     body = {"prompt": "The capital of France is", "max_tokens": 8}
-    with llmstack.Trial(tier, config, setup.places, setup.env) as trial:
+    trial = llmstack.load_extra("probe").Trial(tier, config, setup.places, setup.env, llmstack)
+    with trial:
         try:
             _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
             return trial.loaded_s, str(said["choices"][0]["text"]).strip()
@@ -396,7 +397,8 @@ def setup_wired(setup: Setup, llmstack: Any) -> str:
     config = llmstack.load_config(setup.places)
     machine = llmstack.this_machine(config)
     fits = llmstack.measure_tiers(config, machine, setup.env, False)
-    need_gb = max((need for _, need in llmstack.fit_sets(config, fits)), default=0.0)
+    sets = llmstack.load_extra("fit").fit_sets(config, fits, (), llmstack)
+    need_gb = max((need for _, need in sets), default=0.0)
     advice = wired_limit_mb(megabytes(llmstack.total_memory_gb()), megabytes(need_gb),
                             megabytes(machine.budget_gb))
     if advice:

@@ -264,7 +264,7 @@ def test_fit_shows_what_each_card_takes(monkeypatch: pytest.MonkeyPatch, capsys:
                                        f"[b]\nrole = agent\npath = {made.absolute()}\ntensor_split = 3,1\n")
     machine = llmstack.Machine(1.0, "two cards", True, False, 48.0, (0.5, 0.5))
     monkeypatch.setattr(llmstack, "this_machine", lambda config: machine)
-    monkeypatch.setattr(llmstack, "list_devices", lambda program: [])
+    monkeypatch.setattr(llmstack, "program_output", lambda command: "")
     code = llmstack.main(["fit", "--json"])
     found = json.loads(capsys.readouterr().out)
     together, = found["sets"]
