@@ -5753,78 +5753,6 @@ def split_parts(file: str) -> Tuple[str, ...]:
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
 
 
-def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
-    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
-    known = [name for tier in config.tiers for name in tier.names]
-    asked = set()
-    for name in names:
-        tier = config.by_name(name)
-        if tier is None:
-            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked.add(tier.name)
-    return [tier for tier in config.tiers if tier.name in asked]
-
-
-# Repository -> files of it, each once, in the order in which they are wanted.
-_RepoFiles = Dict[str, Dict[str, None]]
-
-
-def _tier_files(tier: Tier) -> _RepoFiles:
-    """What a local tier needs of the hub on its channel; its model's repository is the first."""
-    weights = weights_for(tier)
-    wanted: _RepoFiles = {}
-    for repo, file in [(weights.repo, weights.file), *hub_files(tier)]:
-        if repo:
-            parts = dict.fromkeys(split_parts(file))
-            wanted.setdefault(repo, {}).update(parts)
-    return wanted
-
-
-def _project_files(config: Config) -> _RepoFiles:
-    """What all tiers need, on either channel."""
-    wanted: _RepoFiles = {}
-    for tier in local_tiers(config):
-        for channel in ("current", "next"):
-            for repo, files in _tier_files(tier.on_channel(channel)).items():
-                wanted.setdefault(repo, {}).update(files)
-    return wanted
-
-
-def _tier_jobs(tier: Tier, label: str, wanted: _RepoFiles) -> List[Job]:
-    """A tier's model with what it needs of the same repository, then what it needs of others."""
-    jobs: List[Job] = []
-    for repo, files in _tier_files(tier.on_channel(label)).items():
-        beside = tuple(file for file in wanted[repo] if file not in files)
-        suffix = f".more{len(jobs)}" if jobs else ""
-        jobs.append(Job(tier.name + suffix, label, repo, tuple(files), beside))
-    return jobs
-
-
-def plan_downloads(config: Config, names: Sequence[str],
-                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
-
-    `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
-    """
-    tiers = list(config.tiers)
-    if names:
-        tiers = named_tiers(config, names)
-    wanted = _project_files(config)
-    jobs: List[Job] = []
-    skipped: List[str] = []
-    for label in labels:
-        for tier in tiers:
-            weights = weights_for(tier.on_channel(label))
-            if tier.backend != "gguf":
-                skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
-            elif weights.path:
-                skipped.append(f"{tier.name} is on this disk already: {weights.path}")
-            elif weights.channel == label:
-                jobs += _tier_jobs(tier, label, wanted)
-    return jobs, list(dict.fromkeys(skipped))
-
-
 # ==================================================================================================
 # SYSTEM EDGE
 # ==================================================================================================
@@ -11714,20 +11642,6 @@ def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]]
                         "see HF_ENDPOINT") from None
 
 
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
-        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
-    except (UserError, OSError, LookupError, TypeError, AttributeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    if not near:
-        return "; it has no GGUF file at all"
-    return f"; it has {visible(', '.join(near))}"
-
-
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
     with open(path, "rb") as file:
@@ -15560,14 +15474,16 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
-# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
-# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
+# The room of what is known of downloads: how far each is, and whether their worker lives. They are
+# started, fetched and ended by extras/download.py.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
+
+
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15590,22 +15506,13 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-# The worker: one process a project, started by `download` and left alone. Its queue is
-# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
-# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
-
-GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
     return places.in_state("downloads.json")
-
-
-def queue_lock(places: Places) -> FileLock:
-    return FileLock(places.in_state("downloads.lock"), lambda: None)
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
@@ -15618,7 +15525,7 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
         row = dict_of(row)
         job = parse_job(row)
         state = row.get("state")
-        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
+        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
             continue
         jobs[name] = {**job._asdict(), "state": state}
         for key, kind in _QUEUE_VALUES.items():
@@ -15628,234 +15535,10 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     return jobs
 
 
-def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
-    write_atomic(queue_file(places), json.dumps(queue, indent=1))
-
-
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
     return record if owned_process(record, places.project) else None
-
-
-def set_state(places: Places, name: str, **values: Any) -> None:
-    with queue_lock(places):
-        jobs = read_queue(places)
-        if name in jobs:
-            jobs[name].update(values)
-            write_queue(places, jobs)
-
-
-def _left_over(queue: Mapping[str, Dict[str, Any]],
-               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
-    """The queue of a worker that has ended, as the next one finds it."""
-    left = {}
-    for name, row in queue.items():
-        if row["state"] in _ENDED:
-            left[name] = row
-        elif parse_job(row) in known:
-            left[name] = {**row, "state": "queued"}
-    return left
-
-
-def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
-    """Start the worker, which stays. It needs the hub's token and no other credential."""
-    log = places.log("download.log")
-    shift_logs(log)
-    settings = without_credentials(env)
-    settings.pop("LLMSTACK_API_KEY", None)
-    settings.update({
-        "LLMSTACK_WORK_DIR": places.work,
-        "LLMSTACK_DATA_DIR": places.data,
-        "HF_ENDPOINT": hub_endpoint(env),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    })
-    record = Record(0, "", new_mark(places.project, "download"), kind="download")
-    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
-                                     places.in_state("download.pid"), record)
-    # The worker stays; Popen is not to warn of that.
-    process.returncode = 0
-    return worker
-
-
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
-                    env: Mapping[str, str], say: Say) -> int:
-    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
-
-    What a killed worker has left is taken up again where it is still one of the `known` jobs of
-    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
-    """
-    check_links(places)
-    install_environment(HUB, places.data, say)
-    # Where share/ is missing this fails here, not unseen in the worker.
-    guest_command(environment_program(HUB, places.data), "hub_download")
-    with queue_lock(places):
-        queue = read_queue(places)
-        worker = download_worker(places)
-        if worker is None:
-            queue = _left_over(queue, known)
-        for job in jobs:
-            state = queue.get(job.name, {}).get("state")
-            if worker is None or state not in _GOES_ON:
-                # A job that is asked for again goes to the end of the queue.
-                queue.pop(job.name, None)
-                queue[job.name] = {**job._asdict(), "state": "queued"}
-        write_queue(places, queue)
-        if worker is None:
-            worker = _spawn_worker(places, env)
-        return worker.pid
-
-
-def stop_downloads(places: Places) -> bool:
-    """End the worker; what it has got so far is kept. True when there was one."""
-    worker = download_worker(places)
-    if worker is not None:
-        stop_recorded(worker, places.project, STOP_GRACE_S)
-    with queue_lock(places):
-        if os.path.exists(queue_file(places)):
-            write_queue(places, _left_over(read_queue(places), ()))
-        _remove(places.in_state("download.pid"))
-    return worker is not None
-
-
-def _next_job(places: Places) -> Optional[Job]:
-    """The next of the queue, marked as running; None for none, and the worker is to end."""
-    with queue_lock(places):
-        queue = read_queue(places)
-        for row in queue.values():
-            if row["state"] in _GOES_ON:
-                row.update(state="running", error="")
-                write_queue(places, queue)
-                return parse_job(row)
-        _remove(places.in_state("download.pid"))
-        return None
-
-
-def _job_log(places: Places, name: str) -> Say:
-    """What writes a line, with the time, to a new log of a job."""
-    path = places.log(f"dl-{name}.log")
-    shift_logs(path)
-
-    def note(line: str) -> None:
-        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
-            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-
-    return note
-
-
-def _fail_all(places: Places, why: UserError) -> None:
-    """Every job that waits fails for the same reason, which is no other's fault."""
-    with queue_lock(places):
-        queue = read_queue(places)
-        for row in queue.values():
-            if row["state"] in _GOES_ON:
-                row.update(state="failed", error=str(why), hint=why.hint)
-        write_queue(places, queue)
-
-
-def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
-    """A job with the file of its repository that ANY_PROJECTOR means there.
-
-    Where it has none, or does not tell, the file is left out. Errors: Unreachable.
-    """
-    if ANY_PROJECTOR not in job.files + job.beside:
-        return job
-    found = ""
-    try:
-        rows = hub_api(f"{job.repo}/tree/main?recursive=true", env)
-        found = choose_projector(str(row["path"]) for row in rows)
-    except Unreachable:
-        raise
-    except (UserError, OSError, LookupError, TypeError):
-        # Fetching says what is wrong with the repository.
-        pass
-
-    def named(files: Tuple[str, ...]) -> Tuple[str, ...]:
-        names = [found if file == ANY_PROJECTOR else file for file in files]
-        return tuple(dict.fromkeys(filter(None, names)))
-
-    return job._replace(files=named(job.files), beside=named(job.beside))
-
-
-def _guest_events(command: Sequence[str],
-                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
-
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    """
-    import subprocess
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        yield from map(json.loads, guest.stdout)
-
-
-def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
-              tell: Callable[..., None]) -> int:
-    """Have the hub's guest bring all files of a job into the cache; their bytes together.
-
-    Errors: UserError, Unreachable.
-    """
-    asked, job = job, _with_projector(job, env)
-    if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
-        note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
-    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
-    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
-    command = guest_command(environment_program(HUB, data), "hub_download")
-    event: Dict[str, Any] = {}
-    for event in _guest_events(command, wanted):
-        if "say" in event:
-            note(visible(event["say"]))
-        elif "part" in event:
-            tell(**event)
-        elif "size" in event:
-            words = progress_words(event["bytes"], event["size"], event["rate"])
-            note(f"{event['file']}: {words}")
-    # Its last event is how it has ended.
-    if "done" in event:
-        return int(event["done"])
-    what = event.get("failed", "huggingface_hub has ended in the middle")
-    if event.get("lacks"):
-        what += nearest_files(job.repo, event["lacks"], env)
-    kind = Unreachable if event.get("unreachable") else UserError
-    raise kind(visible(what), visible(event.get("hint", GO_ON)))
-
-
-def failure_words(error: str, hint: str) -> str:
-    """`failed: what (what to do)`, as the log of a download says it."""
-    if not hint:
-        return f"failed: {error}"
-    return f"failed: {error} ({hint})"
-
-
-def run_downloads(places: Places, env: Mapping[str, str]) -> int:
-    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
-    code = 0
-    while True:
-        job = _next_job(places)
-        if job is None:
-            return code
-        note = _job_log(places, job.name)
-        tell = functools.partial(set_state, places, job.name)
-        try:
-            size = fetch_job(job, places.data, env, note, tell)
-        except Unreachable as exc:
-            code = 1
-            note(failure_words(str(exc), exc.hint))
-            _fail_all(places, exc)
-        # One file that fails, for whatever reason, does not stop those behind it.
-        except Exception as exc:
-            code = 1
-            what = visible(str(exc)) or type(exc).__name__
-            hint = getattr(exc, "hint", "")
-            tell(state="failed", error=what, hint=hint)
-            note(failure_words(what, hint))
-        else:
-            tell(state="done", bytes=size)
-            note(f"done: {size:,} bytes (download done)")
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -15865,7 +15548,7 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in _GOES_ON:
+        if worker is None and state in UNFINISHED:
             state = "interrupted"
         # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
@@ -17380,7 +17063,8 @@ def _cmd_daemon(args: Any) -> int:
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
-    return run_downloads(places, places.env)
+    code: int = load_extra("download").run_downloads(places, places.env, sys.modules[__name__])
+    return code
 
 
 def _cmd_version(args: Any) -> int:

@@ -42,7 +42,7 @@ def ask_file(repo: str, file: str, rows: Mapping[str, Any], env: Mapping[str, st
     """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
     parts = [rows[part] for part in llmstack.split_parts(file) if part in rows]
     if len(parts) < len(llmstack.split_parts(file)):
-        others = llmstack.nearest_files(repo, file, env)
+        others = llmstack.load_extra("download").nearest_files(repo, file, env, llmstack)
         return {"exists": False, "problem": f"{repo} has no {file}{others}"}
     dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
     return {
@@ -425,7 +425,7 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
     """
     tiers = list(config.tiers)
     if names:
-        tiers = llmstack.named_tiers(config, names)
+        tiers = llmstack.load_extra("download").named_tiers(config, names, llmstack)
     hub: HubFiles = {}
     notes: List[str] = []
     asked = None

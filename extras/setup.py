@@ -52,7 +52,8 @@ def setup_jobs(setup: Setup, llmstack: Any,
                labels: Sequence[str] = ("current", "next")) -> List[Any]:
     """The downloads of what is not here yet."""
     cache = llmstack.hub_cache_dir(setup.env)
-    jobs, _ = llmstack.plan_downloads(llmstack.load_config(setup.places), (), labels)
+    config, plan = llmstack.load_config(setup.places), llmstack.load_extra("download").plan_downloads
+    jobs, _ = plan(config, (), labels, llmstack)
     return [job for job in jobs
             if not all(llmstack.local_file(cache, job.repo, file) for file in job.files)]
 
@@ -197,10 +198,11 @@ def setup_download(setup: Setup, llmstack: Any) -> str:
     if not jobs:
         return f"every model is in {cache}"
     config = llmstack.load_config(setup.places)
-    known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
+    download = llmstack.load_extra("download")
+    known, _ = download.plan_downloads(config, (), ("current", "next"), llmstack)
     names = ", ".join(job.name for job in jobs)
     hub = llmstack.hub_endpoint(setup.env)
-    llmstack.load_extra("download").check_reached("the model hub", hub, llmstack)
+    download.check_reached("the model hub", hub, llmstack)
     setup.say(f"{len(jobs)} of {len(known)} models, {hub_gb(jobs, setup.env, llmstack):,.1f} GB"
               f" from {hub}: {names}")
     answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
@@ -209,7 +211,7 @@ def setup_download(setup: Setup, llmstack: Any) -> str:
                                  "run `llmstack setup --yes`, or `llmstack download`")
     if not answer:
         raise Skipped("not wanted now; `llmstack download` fetches them")
-    pid = llmstack.start_downloads(setup.places, jobs, known, setup.env, setup.say)
+    pid = download.start_downloads(setup.places, jobs, known, setup.env, setup.say, llmstack)
     return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
 
 
