@@ -3549,46 +3549,6 @@ class _GgufReader:
         return range(count)
 
 
-def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
-    """Return the header of a GGUF, or of one part of it.
-
-    `read(offset, count)` may return more, or less at the end. Errors: GgufError.
-    Source: ggml/docs/gguf.md, versions 2 and 3.
-    """
-    reader = _GgufReader(read)
-    if reader.take(4) != b"GGUF":
-        raise BrokenGgufError("is not a GGUF file")
-    version, = reader.numbers("I")
-    if not version:
-        raise BrokenGgufError("has nothing in its header")
-    if not version & 0xFFFF:
-        raise GgufError("is written for big-endian machines")
-    if version not in (2, 3):
-        raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
-    tensors, pairs = reader.count(), reader.count()
-    meta: Dict[str, Any] = {}
-    for _ in range(pairs):
-        key = reader.string()
-        value = reader.value()
-        if not isinstance(value, str) or key == "general.architecture":
-            meta[key] = value
-    parts = _small(meta.get("split.count"), 1)
-    if not tensors and parts == 1:              # the first of a split may have none
-        raise BrokenGgufError("holds no weights")
-    arch = meta.get("general.architecture")
-    if not isinstance(arch, str):               # of a split only the first part says it
-        if not meta.get("split.no"):
-            raise GgufError("names no architecture")
-        arch = "-"
-    keys = {key[len(arch) + 1:]: value for key, value in meta.items()
-            if key.startswith(arch + ".") and isinstance(value, (int, float, list))}
-    tokens = meta.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, (list, range)) else 0
-    vocab = _quantity(keys.get("vocab_size", count))
-    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
-
-
 def _small(value: object, default: int) -> int:
     if isinstance(value, int) and 0 < value <= 256:
         return value
@@ -3632,6 +3592,46 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         widest=max(widths.values()),
         end=end,
         tensors=bytes_of)
+
+
+def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
+    """Return the header of a GGUF, or of one part of it.
+
+    `read(offset, count)` may return more, or less at the end. Errors: GgufError.
+    Source: ggml/docs/gguf.md, versions 2 and 3.
+    """
+    reader = _GgufReader(read)
+    if reader.take(4) != b"GGUF":
+        raise BrokenGgufError("is not a GGUF file")
+    version, = reader.numbers("I")
+    if not version:
+        raise BrokenGgufError("has nothing in its header")
+    if not version & 0xFFFF:
+        raise GgufError("is written for big-endian machines")
+    if version not in (2, 3):
+        raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
+    tensors, pairs = reader.count(), reader.count()
+    meta: Dict[str, Any] = {}
+    for _ in range(pairs):
+        key = reader.string()
+        value = reader.value()
+        if not isinstance(value, str) or key == "general.architecture":
+            meta[key] = value
+    parts = _small(meta.get("split.count"), 1)
+    if not tensors and parts == 1:              # the first of a split may have none
+        raise BrokenGgufError("holds no weights")
+    arch = meta.get("general.architecture")
+    if not isinstance(arch, str):               # of a split only the first part says it
+        if not meta.get("split.no"):
+            raise GgufError("names no architecture")
+        arch = "-"
+    keys = {key[len(arch) + 1:]: value for key, value in meta.items()
+            if key.startswith(arch + ".") and isinstance(value, (int, float, list))}
+    tokens = meta.get("tokenizer.ggml.tokens")
+    count = len(tokens) if isinstance(tokens, (list, range)) else 0
+    vocab = _quantity(keys.get("vocab_size", count))
+    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
+    return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
@@ -3847,6 +3847,57 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 _PLAIN_LOAD = LoadOptions()
 
 
+def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
+    """One checkpoint of one slot: what a conversation cannot be taken back to without one.
+
+    That is a recurrent state and the sliding windows; models without either make none.
+    """
+    layers = _Layers(header)
+    one = load._replace(slots=1)
+    sliding = [c for c in _cache_layers(layers, ctx_size, one) if c.slides]
+    widest_v = max((c.v for c in sliding), default=0)
+    windows = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in sliding)
+    return windows + sum(layers.recurs()) * layers.state_floats() * 4
+
+
+def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
+    """Values a token takes while the most demanding layer is computed.
+
+    `scores`: those that each head keeps, without flash attention.
+    """
+    experts = max(layers.each("expert_used_count"))
+    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
+    embd, heads, key = layers.embd, max(layers.heads), layers.key
+    peaks = [3 * max(header.widest, experts * width) + 5 * embd,
+             experts * (2 * embd + width) + embd]
+    if scores:
+        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
+    elif layers.latent:
+        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
+    return max(peaks)
+
+
+def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadOptions,
+                     tokens: int) -> int:
+    """What CUDA's flash attention takes: one layer's quantised K and V again, as f16.
+
+    Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
+    """
+    k_too = load.cache_type_k not in _FLOATS
+    v_too = load.cache_type_v not in _FLOATS and not layers.latent
+    copies = [2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches]
+    beside = 5 * (max(layers.heads) * layers.key + layers.embd) * tokens * 4
+    most = max(copies, default=0)
+    return most + beside if most else 0
+
+
+def _within_reason(memory: Memory) -> Memory:
+    """Errors: GgufError."""
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
+
+
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
@@ -3892,57 +3943,6 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
         context = sum(contexts)
     memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
     return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
-
-
-def _within_reason(memory: Memory) -> Memory:
-    """Errors: GgufError."""
-    if memory.total > MAX_MODEL_BYTES:
-        raise GgufError("has sizes beyond any reason")
-    return memory
-
-
-def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadOptions,
-                     tokens: int) -> int:
-    """What CUDA's flash attention takes: one layer's quantised K and V again, as f16.
-
-    Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
-    """
-    k_too = load.cache_type_k not in _FLOATS
-    v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    copies = [2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches]
-    beside = 5 * (max(layers.heads) * layers.key + layers.embd) * tokens * 4
-    most = max(copies, default=0)
-    return most + beside if most else 0
-
-
-def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
-    """One checkpoint of one slot: what a conversation cannot be taken back to without one.
-
-    That is a recurrent state and the sliding windows; models without either make none.
-    """
-    layers = _Layers(header)
-    one = load._replace(slots=1)
-    sliding = [c for c in _cache_layers(layers, ctx_size, one) if c.slides]
-    widest_v = max((c.v for c in sliding), default=0)
-    windows = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in sliding)
-    return windows + sum(layers.recurs()) * layers.state_floats() * 4
-
-
-def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
-    """Values a token takes while the most demanding layer is computed.
-
-    `scores`: those that each head keeps, without flash attention.
-    """
-    experts = max(layers.each("expert_used_count"))
-    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
-    embd, heads, key = layers.embd, max(layers.heads), layers.key
-    peaks = [3 * max(header.widest, experts * width) + 5 * embd,
-             experts * (2 * embd + width) + embd]
-    if scores:
-        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
-    elif layers.latent:
-        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
-    return max(peaks)
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
@@ -4044,6 +4044,20 @@ def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) ->
     return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
 
 
+def _known_experts(header: GgufHeader) -> Dict[str, int]:
+    """The experts of a header without tensors: their part of all that is in its layers."""
+    layers = _Layers(header)
+    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
+    experts = 3 * wide * count
+    if not experts:
+        return {}
+    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
+    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
+    each = in_layers * experts // (experts + attention) // layers.count
+    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
+
+
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
     """The header that a known model's file has, as its published dimensions tell.
 
@@ -4065,18 +4079,16 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     return header._replace(tensors=_known_experts(header))
 
 
-def _known_experts(header: GgufHeader) -> Dict[str, int]:
-    """The experts of a header without tensors: their part of all that is in its layers."""
-    layers = _Layers(header)
-    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
-    experts = 3 * wide * count
-    if not experts:
-        return {}
-    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
-    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
-    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
-    each = in_layers * experts // (experts + attention) // layers.count
-    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
+def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
+    """`part_gb` is free beyond the least, which the tier's need has in it."""
+    free_mb = max(0.0, part_gb * 1000)
+    checkpoints = -1
+    if fit.checkpoint_mb:
+        of_all_slots_mb = fit.checkpoint_mb * fit.slots
+        checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
+        free_mb -= (checkpoints - 1) * of_all_slots_mb
+    mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
+    return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
 
 
 def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
@@ -4102,18 +4114,6 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
             tier = _with_cache(tier, fit, min(parts, default=0.0))
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
-
-
-def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
-    """`part_gb` is free beyond the least, which the tier's need has in it."""
-    free_mb = max(0.0, part_gb * 1000)
-    checkpoints = -1
-    if fit.checkpoint_mb:
-        of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
-        free_mb -= (checkpoints - 1) * of_all_slots_mb
-    mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
-    return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
 
 
 def cache_mib(tier: Tier, fit: TierFit) -> int:
@@ -11370,6 +11370,15 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # LLAMA-SERVER
 # ==================================================================================================
 
+def build_stamp(program: Sequence[str]) -> str:
+    """Names one build of a program: path, size and time of change, and the stand-in's pin."""
+    status = os.stat(program[0])
+    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    if len(program) > 1:
+        stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
+    return stamp
+
+
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     """The command that starts llama-server: as configured, as on PATH, or our stand-in.
 
@@ -11473,15 +11482,6 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
             continue
         notes += refused_settings(config._replace(tiers=(tier,)), refused)
     return notes
-
-
-def build_stamp(program: Sequence[str]) -> str:
-    """Names one build of a program: path, size and time of change, and the stand-in's pin."""
-    status = os.stat(program[0])
-    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
-    if len(program) > 1:
-        stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
-    return stamp
 
 
 # ==================================================================================================
@@ -11882,19 +11882,6 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[
     return found
 
 
-def true_config(config: Config, places: Places,
-                warn: Optional[Callable[[str], None]] = None) -> Config:
-    """`config` with the contexts that its models really have; what that takes away is warned of."""
-    trained = trained_contexts(config, os.environ, places.data)
-    true = with_true_contexts(config, trained)
-    for before, after in zip(config.tiers, true.tiers):
-        if warn and before != after:
-            at = ini_line(places, before.name, "ctx_size")
-            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
-                 f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data))
-
-
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
@@ -12060,6 +12047,19 @@ def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
         if isinstance(row, dict):
             found[tier.name] = row
     return found
+
+
+def true_config(config: Config, places: Places,
+                warn: Optional[Callable[[str], None]] = None) -> Config:
+    """`config` with the contexts that its models really have; what that takes away is warned of."""
+    trained = trained_contexts(config, os.environ, places.data)
+    true = with_true_contexts(config, trained)
+    for before, after in zip(config.tiers, true.tiers):
+        if warn and before != after:
+            at = ini_line(places, before.name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+                 f" trained for; {after.ctx_size:,} counts")
+    return with_probes(true, known_probes(true, os.environ, places.data))
 
 
 # ==================================================================================================
@@ -12500,6 +12500,13 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
+def _names_in(directory: str) -> List[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
 def parking_notes(data: str) -> Dict[str, str]:
     """Model -> why nothing of it is parked."""
     notes = {}
@@ -12523,13 +12530,6 @@ def forget_parked(data: str) -> int:
         except OSError as exc:
             raise path_error("delete", path, exc) from None
     return freed
-
-
-def _names_in(directory: str) -> List[str]:
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
 
 
 def bytes_read(pid: int) -> int:
@@ -12651,6 +12651,12 @@ class Speeds:
             self._rows = dict(list(self._rows.items())[-self.MOST:])
             write_atomic(self._path, json.dumps(self._rows, indent=1))
             self._read_s = _changed_s(self._path)
+
+
+def _stem_parts(name: str) -> Tuple[str, int]:
+    """IDENTITY-N.kv -> (IDENTITY, N)."""
+    identity, _, number = name.rpartition(".")[0].rpartition("-")
+    return identity, int(number) if number.isdigit() else -1
 
 
 class Parking:
@@ -12775,12 +12781,6 @@ class Parking:
                     self.drop(*_stem_parts(name))
                     total -= size
         return True
-
-
-def _stem_parts(name: str) -> Tuple[str, int]:
-    """IDENTITY-N.kv -> (IDENTITY, N)."""
-    identity, _, number = name.rpartition(".")[0].rpartition("-")
-    return identity, int(number) if number.isdigit() else -1
 
 
 def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
