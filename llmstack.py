@@ -3287,6 +3287,7 @@ _GGML_SIZES: Dict[int, Tuple[int, int]] = {
     23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
     39: (32, 17), 40: (64, 36),
 }
+_Q6_K = 14
 _FLOATS = ("f32", "f16", "bf16")
 _CACHE_SIZES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
@@ -3434,9 +3435,10 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
     """
     every = tuple(range(len(machine.cards)))
     settings = config.settings
-    named = [_NUMBERED.match(name) for name in settings.get("device", "").split(",")]
-    chosen = tuple(int(match.group(1)) for match in named if match)
-    if not set(chosen) <= set(every) or len(chosen) < len(named):
+    names = settings.get("device", "").split(",")
+    numbers = [_NUMBERED.match(name) for name in names]
+    chosen = tuple(int(number.group(1)) for number in numbers if number)
+    if len(chosen) < len(names) or not set(chosen) <= set(every):
         chosen = every
     if settings.get("split_mode") == "none":
         first = settings.get("main_gpu", 0)
@@ -3482,18 +3484,35 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     )
 
 
+class _Tensor(NamedTuple):
+    """A tensor as a header lists it."""
+
+    offset: int                                 # behind the header, in bytes
+    size: int                                   # bytes, -1 of a type that is not known here
+    name: str
+    shape: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.offset + max(self.size, 0)
+
+
 class _GgufReader:
     """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
-        self._read, self._block, self._start, self.at = read, b"", 0, 0
+        self._read = read
+        self._block, self._start = b"", 0       # what has been read last, and from where
+        self.at = 0
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
-        if self.at + count > self._start + len(self._block):
-            if self.at + count > MAX_GGUF_HEADER_BYTES:
+        end = self.at + count
+        if end > self._start + len(self._block):
+            if end > MAX_GGUF_HEADER_BYTES:
                 raise GgufError("has a header beyond any reason")
-            self._block, self._start = self._read(self.at, max(count, 1 << 18)), self.at
+            self._block = self._read(self.at, max(count, 1 << 18))
+            self._start = self.at
             if len(self._block) < count:
                 raise BrokenGgufError("ends within its header")
         return self.at - self._start
@@ -3548,6 +3567,21 @@ class _GgufReader:
             raise GgufError(f"has a list of the unknown type {kind}")
         return range(count)
 
+    def tensor(self) -> _Tensor:
+        name = self.string()
+        dimensions, = self.numbers("I")
+        if dimensions > 4:
+            raise GgufError(f"has a tensor of {dimensions} dimensions")
+        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
+        values = 1
+        for length in shape:
+            values *= length
+        size = -1
+        if kind in _GGML_SIZES:
+            block, block_bytes = _GGML_SIZES[kind]
+            size = values // block * block_bytes
+        return _Tensor(offset, size, name, shape)
+
 
 def _small(value: object, default: int) -> int:
     if isinstance(value, int) and 0 < value <= 256:
@@ -3555,42 +3589,38 @@ def _small(value: object, default: int) -> int:
     return default
 
 
-def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
-                  alignment: int) -> GgufHeader:
-    sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
+def _widest_layer(tensors: Iterable[_Tensor]) -> int:
+    """The values that a token takes in the widest matrix of a layer."""
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
-    for _ in range(count):
-        name = reader.string()
-        dimensions, = reader.numbers("I")
-        if dimensions > 4:
-            raise GgufError(f"has a tensor of {dimensions} dimensions")
-        *shape, kind, offset = reader.numbers(f"{dimensions}QIQ")
-        block, size = _GGML_SIZES.get(kind, (0, 0))
-        values = 1
-        for length in shape:
-            values *= length
-        sizes.append((offset, values // block * size if block else -1, name))
-        if name.startswith("blk.") and dimensions == 2:
-            what = (name + "..").split(".")[2]
-            what = what if what in widths else ""
-            widths[what] = max(widths[what], shape[1])
-    sizes.sort()
-    starts = [offset for offset, _, _ in sizes]
-    bytes_of: Dict[str, int] = {}
-    for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
-        if size < 0:                            # a type not known here: as far as the next tensor
-            size = max(0, following - at)
-        bytes_of[name] = size
+    for tensor in tensors:
+        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+            continue
+        what = (tensor.name + "..").split(".")[2]
+        if what not in widths:
+            what = ""
+        widths[what] = max(widths[what], tensor.shape[1])
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
+    return max(widths.values())
+
+
+def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
+                  alignment: int) -> GgufHeader:
+    tensors = sorted(reader.tensor() for _ in range(count))
+    starts = [tensor.offset for tensor in tensors]
+    bytes_of: Dict[str, int] = {}
+    for tensor, following in zip(tensors, [*starts[1:], 0]):
+        size = tensor.size
+        if size < 0:                            # a type not known here: as far as the next tensor
+            size = max(0, following - tensor.offset)
+        bytes_of[tensor.name] = size
     data = -(-reader.at // alignment) * alignment
-    end = data + max((at + max(size, 0) for at, size, _ in sizes), default=0)
     return header._replace(
         tensor_bytes=sum(bytes_of.values()),
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
-        widest=max(widths.values()),
-        end=end,
+        widest=_widest_layer(tensors),
+        end=data + max((tensor.end for tensor in tensors), default=0),
         tensors=bytes_of)
 
 
@@ -3625,13 +3655,17 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         if not meta.get("split.no"):
             raise GgufError("names no architecture")
         arch = "-"
-    keys = {key[len(arch) + 1:]: value for key, value in meta.items()
-            if key.startswith(arch + ".") and isinstance(value, (int, float, list))}
+    prefix = arch + "."
+    keys = {}
+    for key, value in meta.items():
+        if key.startswith(prefix) and isinstance(value, (int, float, list)):
+            keys[key[len(prefix):]] = value
     tokens = meta.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, (list, range)) else 0
     vocab = _quantity(keys.get("vocab_size", count))
     header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
+    alignment = _small(meta.get("general.alignment"), 32)
+    return _with_tensors(header, reader, tensors, alignment)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
@@ -3654,19 +3688,22 @@ class _Layers:
 
     def __init__(self, header: GgufHeader) -> None:
         self.keys, self.arch = header.keys, header.arch
-        self.count = self.number("block_count")
-        self.count -= self.number("nextn_predict_layers")       # those for drafts
+        drafting = self.number("nextn_predict_layers")
+        self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
         self.heads = self.each("attention.head_count", [0])
         self.kv_heads = self.each("attention.head_count_kv", self.heads)
         self.embd = self.number("embedding_length")
-        size = self.embd // self.heads[0] if self.heads[0] else 0
-        self.key = self.number("attention.key_length", size)
-        self.value = self.number("attention.value_length", size)
+        head_size = 0
+        if self.heads[0]:
+            head_size = self.embd // self.heads[0]
+        self.key = self.number("attention.key_length", head_size)
+        self.value = self.number("attention.value_length", head_size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
-        self.latent = bool(self.number("attention.key_length_mla")
-                           and self.number("attention.value_length_mla"))
+        latent_k = self.number("attention.key_length_mla")
+        latent_v = self.number("attention.value_length_mla")
+        self.latent = bool(latent_k and latent_v)
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -3676,32 +3713,38 @@ class _Layers:
         value = self.keys.get(key, default)
         values = [self.number(key)]
         if isinstance(value, (list, tuple)):
-            values = [_quantity(v) for v in value]
-        return (values + (values or [0])[-1:] * self.count)[:self.count]
+            values = [_quantity(v) for v in value] or [0]
+        values += values[-1:] * self.count      # the last one stands for those behind it
+        return values[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
         """Which layers keep only a window, and its tokens."""
-        pattern = self.keys.get("attention.sliding_window_pattern")
+        key = "attention.sliding_window_pattern"
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
         every = _SWA_EVERY.get(self.arch, 0)
         if self.arch == "exaone4" and self.count != 64:
             every = 0
-        if not window or not (every or isinstance(pattern, list)):
+        if window and isinstance(self.keys.get(key), list):
+            return [bool(slides) for slides in self.each(key)], window
+        if not window or not every:
             return [False] * self.count, 0
-        if isinstance(pattern, list):
-            return [bool(v) for v in self.each("attention.sliding_window_pattern")], window
-        period = self.number("attention.sliding_window_pattern", abs(every)) or 1
-        full = 0 if every < 0 else period - 1
-        return [i % period != full for i in range(self.count)], window
+        period = self.number(key, abs(every)) or 1
+        full = period - 1
+        if every < 0:
+            full = 0
+        return [layer % period != full for layer in range(self.count)], window
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        if isinstance(self.keys.get("attention.recurrent_layers"), list):
-            return [bool(v) for v in self.each("attention.recurrent_layers")]
-        usual = 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0
+        key = "attention.recurrent_layers"
+        if isinstance(self.keys.get(key), list):
+            return [bool(recurs) for recurs in self.each(key)]
+        usual = 0
+        if self.arch.startswith(("qwen3next", "qwen35")):
+            usual = 4
         every = self.number("full_attention_interval", usual)
         if every:
-            return [(i + 1) % every != 0 for i in range(self.count)]
+            return [number % every != 0 for number in range(1, self.count + 1)]
         if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
             return [True] * self.count
         forward = [0] * self.count
@@ -3711,17 +3754,22 @@ class _Layers:
 
     def state_floats(self) -> int:
         """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
-        wkv, short = self.number("wkv.head_size"), self.number("shortconv.l_cache")
+        wkv = self.number("wkv.head_size")
         if wkv:
-            return self.embd * (self.number("token_shift_count", 2) + wkv)
+            shifted = self.number("token_shift_count", 2)
+            return self.embd * (shifted + wkv)
+        short = self.number("shortconv.l_cache")
         if short:
             return self.embd * (short - 1)
-        conv, size = self.number("ssm.conv_kernel"), self.number("kda.head_dim")
+        conv = self.number("ssm.conv_kernel")
+        size = self.number("kda.head_dim")
         if size:
-            return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
+            inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
+            return (inputs + size) * size * max(self.heads)
         inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
         group = self.number("ssm.group_count")
-        return (max(conv, 1) - 1) * (inner + 2 * group * state) + state * inner
+        inputs = max(conv, 1) - 1
+        return inputs * (inner + 2 * group * state) + state * inner
 
 
 class _CacheLayer(NamedTuple):
@@ -3738,7 +3786,8 @@ def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]
     """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
     cells = _pad(ctx_size)
     _, window = layers.slides()
-    return cells, _pad(min(cells, window * load.slots + min(load.ubatch, cells)))
+    sliding = window * load.slots + min(load.ubatch, cells)
+    return cells, _pad(min(cells, sliding))
 
 
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
@@ -3749,13 +3798,16 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
     found = []
-    for i in range(kept):
-        heads = layers.kv_heads[i]
-        if heads and (not recurs[i] or layers.arch == "falcon-h1"):
-            suffix = "_swa" if slides[i] else ""
-            k = layers.number("attention.key_length" + suffix, layers.key) * heads
-            v = layers.number("attention.value_length" + suffix, layers.value) * heads
-            found.append(_CacheLayer(i, sliding if slides[i] else cells, k, v, slides[i]))
+    for layer in range(kept):
+        heads = layers.kv_heads[layer]
+        if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
+            continue
+        held, suffix = cells, ""
+        if slides[layer]:
+            held, suffix = sliding, "_swa"
+        k = layers.number("attention.key_length" + suffix, layers.key)
+        v = layers.number("attention.value_length" + suffix, layers.value)
+        found.append(_CacheLayer(layer, held, k * heads, v * heads, slides[layer]))
     return found
 
 
@@ -3766,11 +3818,14 @@ def _row_bytes(values: int, cache_type: str) -> int:
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
-    found = _row_bytes(layer.k, load.cache_type_k)
-    found += _row_bytes(layers.number("attention.indexer.key_length"), load.cache_type_k)
+    indexer = layers.number("attention.indexer.key_length")
+    found = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
     if layers.latent:
         return found
-    return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
+    v = layer.v
+    if not load.flash_attn:
+        v = widest_v
+    return found + _row_bytes(v, load.cache_type_v)
 
 
 _ON_HOST = -1                                   # a place; others are cards
@@ -3783,11 +3838,13 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
     Source: llama-model.cpp, get_layer_buft_list.
     """
     on_cards = min(load.gpu_layers, count + 1)
-    bounds = [part / sum(load.split) for part in itertools.accumulate(load.split)]
+    whole = sum(load.split)
+    bounds = [part / whole for part in itertools.accumulate(load.split)]
+    last = len(load.cards) - 1
     places = [_ON_HOST] * (count + 1 - on_cards)
     for number in range(on_cards):
-        card = bisect.bisect_right(bounds, number / on_cards)
-        places.append(load.cards[min(card, len(load.cards) - 1)])
+        index = bisect.bisect_right(bounds, number / on_cards)
+        places.append(load.cards[min(index, last)])
     return places
 
 
@@ -3817,8 +3874,10 @@ class _Placing:
     def of_layer(self, name: str) -> int:
         """The place of a tensor of a layer, or of one beside the output."""
         found = _LAYER.match(name)
-        number = int(found.group(1)) if found else len(self.layers)
-        return self.of(name, self.layers[min(number, len(self.layers) - 1)])
+        number = output = len(self.layers) - 1
+        if found:
+            number = int(found.group(1))
+        return self.of(name, self.layers[min(number, output)])
 
 
 def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
@@ -3826,10 +3885,11 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 
     The token embedding is on the host. Where it is the output, too, a card has a second copy.
     """
-    embedding, weights = "token_embd.weight", header.tensor_bytes
+    embedding, output = "token_embd.weight", placing.layers[-1]
+    weights = header.tensor_bytes
     first = placing.of(embedding, _ON_HOST)
     held[first] += header.embd_bytes
-    again = placing.of(embedding, placing.layers[-1])
+    again = placing.of(embedding, output)
     if header.tied and again != first:
         weights += header.embd_bytes
         held[again] += header.embd_bytes
@@ -3838,13 +3898,23 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
         if name != embedding:
             held[placing.of_layer(name)] += size
             rest -= size
-    for place in placing.layers:                # what no tensor is known of
-        held[place] += rest // len(placing.layers)
-    held[placing.layers[-1]] += rest % len(placing.layers)
+    # Published dimensions name few tensors: the others are spread evenly.
+    of_each, left = divmod(rest, len(placing.layers))
+    for place in placing.layers:
+        held[place] += of_each
+    held[output] += left
     return weights
 
 
 _PLAIN_LOAD = LoadOptions()
+
+
+def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
+                 load: LoadOptions) -> Dict[int, int]:
+    """Layer -> bytes of its KV cache."""
+    widest_v = max((cache.v for cache in caches), default=0)
+    return {cache.layer: cache.cells * _cell_bytes(cache, layers, load, widest_v)
+            for cache in caches}
 
 
 def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
@@ -3853,11 +3923,11 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
     That is a recurrent state and the sliding windows; models without either make none.
     """
     layers = _Layers(header)
-    one = load._replace(slots=1)
-    sliding = [c for c in _cache_layers(layers, ctx_size, one) if c.slides]
-    widest_v = max((c.v for c in sliding), default=0)
-    windows = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in sliding)
-    return windows + sum(layers.recurs()) * layers.state_floats() * 4
+    of_one_slot = load._replace(slots=1)
+    caches = _cache_layers(layers, ctx_size, of_one_slot)
+    windows = _cache_bytes([cache for cache in caches if cache.slides], layers, load)
+    states = sum(layers.recurs()) * layers.state_floats() * 4
+    return sum(windows.values()) + states
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -3866,15 +3936,18 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
     `scores`: those that each head keeps, without flash attention.
     """
     experts = max(layers.each("expert_used_count"))
-    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
+    own_width = layers.each("feed_forward_length")
+    width = max(layers.each("expert_feed_forward_length", own_width))
     embd, heads, key = layers.embd, max(layers.heads), layers.key
-    peaks = [3 * max(header.widest, experts * width) + 5 * embd,
-             experts * (2 * embd + width) + embd]
+    feed_forward = 3 * max(header.widest, experts * width) + 5 * embd
+    mixing = experts * (2 * embd + width) + embd            # of what the experts say
+    attention = 0
     if scores:
-        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
+        kv_heads = max(layers.kv_heads)
+        attention = heads * scores + 4 * embd + 2 * key * (heads + kv_heads)
     elif layers.latent:
-        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
-    return max(peaks)
+        attention = heads * (2 * key + layers.number("attention.kv_lora_rank"))
+    return max(feed_forward, mixing, attention)
 
 
 def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadOptions,
@@ -3885,64 +3958,88 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
     """
     k_too = load.cache_type_k not in _FLOATS
     v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    copies = [2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches]
-    beside = 5 * (max(layers.heads) * layers.key + layers.embd) * tokens * 4
-    most = max(copies, default=0)
-    return most + beside if most else 0
+    most = max((2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches), default=0)
+    if not most:
+        return 0
+    queries = max(layers.heads) * layers.key
+    return most + 5 * (queries + layers.embd) * tokens * 4
 
 
-def _within_reason(memory: Memory) -> Memory:
-    """Errors: GgufError."""
-    if memory.total > MAX_MODEL_BYTES:
-        raise GgufError("has sizes beyond any reason")
-    return memory
+class _Buffers(NamedTuple):
+    """What is computed with, in bytes. Together they are the compute buffer of one device."""
+
+    mask: int                                   # which cells each token sees
+    peak: int                                   # the most demanding layer
+    outputs: int                                # the next token's chances, of each slot
+
+
+def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
+             load: LoadOptions, tokens: int) -> _Buffers:
+    """`tokens`: those that are computed together."""
+    # The full cache and the sliding one have a mask each.
+    masked = {(cache.slides, cache.cells) for cache in caches}
+    mask_width = 2 if load.flash_attn else 4
+    mask = sum(cells for _, cells in masked) * tokens * mask_width
+    scores = 0
+    if not load.flash_attn:
+        scores = max((cache.cells for cache in caches), default=0)
+    peak = _layer_floats(header, layers, scores) * tokens * 4
+    if load.cuda and load.flash_attn:
+        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
+    return _Buffers(mask, peak, header.vocab * load.slots * 4)
+
+
+def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _Buffers,
+              layer_bytes: Sequence[int]) -> Memory:
+    """`memory` as it is with layers on cards. `layer_bytes`: cache and state of each layer."""
+    placing = _Placing(len(layer_bytes), load)
+    held = [0] * (load.seen + 1)                # by each card, and behind them by the host
+    weights = _placed_weights(header, placing, held)
+    for place, size in zip(placing.layers, layer_bytes):
+        held[place] += size
+    # Each card has a buffer of its own, and its copy of the host's mask.
+    used = len(load.cards)
+    compute = (sum(buffers) + buffers.mask) * used
+    # With all layers on several cards batches overlap, and each has the mask more than once.
+    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+        compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
+    host_compute = buffers.mask + buffers.outputs
+    held[_ON_HOST] += host_compute + memory.cache
+    contexts = [0] * load.seen
+    if load.cuda:
+        contexts = [BARE_CONTEXT_BYTES] * load.seen
+    for card in load.cards:
+        held[card] += (compute - host_compute) // used
+        if load.cuda:
+            contexts[card] = CUDA_CONTEXT_BYTES
+    each = tuple(size + context for size, context in zip(held, contexts))
+    return memory._replace(weights=weights, compute=compute, context=sum(contexts),
+                           host=held[_ON_HOST], each=each)
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    slots, used = load.slots, len(load.cards)
     caches = _cache_layers(layers, ctx_size, load)
-    widest_v = max((c.v for c in caches), default=0)
-    kv_of = {c.layer: c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches}
-    # A mask for each of the two caches; the GPU gets its copy.
-    tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
-    masked = {(c.slides, c.cells) for c in caches}
-    mask = sum(cells for _, cells in masked) * tokens * (2 if load.flash_attn else 4)
-    scores = 0
-    if not load.flash_attn and caches:
-        scores = max(c.cells for c in caches)
-    peak = _layer_floats(header, layers, scores) * tokens * 4
-    if load.cuda and load.flash_attn:
-        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
-    outputs = header.vocab * slots * 4
-    compute = mask + peak + outputs
-    recurs, state = layers.recurs(), layers.state_floats() * 4 * slots
-    kv, recurrent = sum(kv_of.values()), sum(recurs) * state
-    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
-    if not load.gpu_layers:
-        memory = Memory(header.tensor_bytes, kv, recurrent, compute, 0, cache)
-        return _within_reason(memory)
-    compute = (compute + mask) * used           # each card has its own buffer
-    placing = _Placing(layers.count, load)
-    held = [0] * load.seen + [mask + outputs + cache]
-    weights = _placed_weights(header, placing, held)
-    for layer, place in enumerate(placing.layers[:-1]):
-        held[place] += kv_of.get(layer, 0) + recurs[layer] * state
-    # With all layers on several cards batches overlap, and each has the mask more than once.
-    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
-        compute += used * (PIPELINED_BATCHES - 1) * mask
-    for card in load.cards:
-        held[card] += (compute - mask - outputs) // used
-    context = 0
-    if load.cuda:
-        contexts = [BARE_CONTEXT_BYTES] * load.seen
-        for card in load.cards:
-            contexts[card] = CUDA_CONTEXT_BYTES
-        held = [size + of_it for size, of_it in zip(held, [*contexts, 0])]
-        context = sum(contexts)
-    memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
-    return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
+    kv_of = _cache_bytes(caches, layers, load)
+    state = layers.state_floats() * 4 * load.slots
+    states = [state * recurs for recurs in layers.recurs()]
+    full_cells, _ = _cells(layers, ctx_size, load)
+    buffers = _buffers(header, layers, caches, load, min(load.ubatch, full_cells))
+    checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
+    memory = Memory(
+        weights=header.tensor_bytes,
+        kv=sum(kv_of.values()),
+        recurrent=sum(states),
+        compute=sum(buffers),
+        cache=LEAST_CACHE_MIB * MIB + checkpoints,
+    )
+    if load.gpu_layers:
+        layer_bytes = [kv_of.get(layer, 0) + size for layer, size in enumerate(states)]
+        memory = _on_cards(memory, header, load, buffers, layer_bytes)
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
@@ -4006,22 +4103,28 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         if not machine.host_gb:
             return (memory.total / 1e9,)
         each = memory.each or (0,) * load.seen
-        return tuple(size / 1e9 for size in (*each, memory.total - sum(each)))
+        host = memory.total - sum(each)
+        return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
         return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    each_gb, host_gb = needs(memory), 0.0
-    need_gb = sum(each_gb)
+    each_gb = needs(memory)
+    on_cards_gb, host_gb = each_gb, 0.0
     if machine.host_gb:
-        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+        on_cards_gb, host_gb = each_gb[:-1], each_gb[-1]
     cards: Tuple[int, ...] = ()
     if load.seen > 1 and load.gpu_layers:
         cards = load.cards
     return TierFit(
-        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        name=tier.name,
+        source=source,
+        where=where,
+        need_gb=sum(on_cards_gb),
+        fits=fits(tier.ctx_size),
+        ctx_size=tier.ctx_size,
         largest_ctx=largest_context(trained or tier.ctx_size, fits),
         memory=memory,
         host_gb=host_gb,
@@ -4036,26 +4139,33 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
     """Whether a tier fits the budget of which no more is known than its size."""
     load = load_options(tier, config, machine)
-    each = [0.0] * len(machine.budgets_gb)
+    by_memory = [0.0] * len(machine.budgets_gb)
+    whole = sum(load.split)
     for card, part in zip(load.cards, load.split):
-        each[card] = need_gb * part / sum(load.split)
-    fits = fits_together([tuple(each)], machine.budgets_gb)
-    source = "size_gb" if need_gb else "unknown"
-    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
+        by_memory[card] = need_gb * part / whole
+    each_gb = tuple(by_memory)
+    source = "size_gb"
+    if not need_gb:
+        source = "unknown"
+    fits = fits_together([each_gb], machine.budgets_gb)
+    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=each_gb)
 
 
 def _known_experts(header: GgufHeader) -> Dict[str, int]:
     """The experts of a header without tensors: their part of all that is in its layers."""
     layers = _Layers(header)
-    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
-    experts = 3 * wide * count
+    width = layers.number("expert_feed_forward_length")
+    experts = 3 * width * layers.number("expert_count")
     if not experts:
         return {}
     heads, kv_heads = max(layers.heads), max(layers.kv_heads)
     attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
-    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
-    each = in_layers * experts // (experts + attention) // layers.count
-    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
+    in_layers = header.tensor_bytes - header.embd_bytes
+    if not header.tied:                         # the output is as large
+        in_layers -= header.embd_bytes
+    of_all = in_layers * experts // (experts + attention)
+    of_each = of_all // layers.count
+    return {f"blk.{layer}.ffn_up_exps.weight": of_each for layer in range(layers.count)}
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -4071,11 +4181,18 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     row = models[max(names, key=len)]
     keys = row["keys"]
     size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
-    embd_bytes = row["vocab"] * keys["embedding_length"] * 210 // 256
+    block, block_bytes = _GGML_SIZES[_Q6_K]
+    embd_bytes = row["vocab"] * keys["embedding_length"] * block_bytes // block
     query = keys["attention.head_count"] * keys["attention.key_length"]
-    widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
-    header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
-                        row["tied"], widest)
+    header = GgufHeader(
+        arch=row["arch"],
+        keys=keys,
+        vocab=row["vocab"],
+        tensor_bytes=round(size_gb * 1e9),
+        embd_bytes=embd_bytes,
+        tied=row["tied"],
+        widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
+    )
     return header._replace(tensors=_known_experts(header))
 
 
@@ -4085,10 +4202,11 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     checkpoints = -1
     if fit.checkpoint_mb:
         of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
+        more = int(free_mb / 2 / of_all_slots_mb)           # half of the room is for prompts
+        checkpoints = min(MOST_CHECKPOINTS, 1 + more)
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
-    return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
+    cache_mib = LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB)
+    return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
 
 
 def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
@@ -4100,26 +4218,31 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
     chats = {t.name for t in config.tiers if t.chats}
-    limit_gb, taken = machine.budget_gb, {name: f.need_gb for name, f in by_name.items()}
+    limit_gb, taken_gb = machine.budget_gb, {f.name: f.need_gb for f in by_name.values()}
     if machine.host_gb:
-        limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
-    sets = residency_sets(config, {name: f.needs for name, f in by_name.items()},
-                          machine.budgets_gb)
+        limit_gb, taken_gb = machine.host_gb, {f.name: f.host_gb for f in by_name.values()}
+    needs = {f.name: f.needs for f in by_name.values()}
+    parts_gb: Dict[str, float] = {}             # what each tier gets in the fullest of its sets
+    for together in residency_sets(config, needs, machine.budgets_gb):
+        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
+        sharing = chats.intersection(together.tiers)
+        for name in sharing:
+            part_gb = left_gb / len(sharing)
+            parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
         if tier.chats and fit is not None and any(fit.needs):
-            parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
-                     for s in sets if tier.name in s.tiers]
-            tier = _with_cache(tier, fit, min(parts, default=0.0))
+            tier = _with_cache(tier, fit, parts_gb.get(tier.name, 0.0))
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
 
 
-def cache_mib(tier: Tier, fit: TierFit) -> int:
+def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
-    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots * fit.checkpoint_mb * 1e6 / MIB
-    return max(0, tier.cache_ram_mib) + round(checkpoints)
+    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
+    checkpoints_mib = checkpoints * fit.checkpoint_mb * 1e6 / MIB
+    return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
 
 
 def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
@@ -5730,11 +5853,18 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
         return None
-    tier, label, repo = (str(row.get(key)) for key in ("tier", "label", "repo"))
-    job = Job(tier, label, repo, tuple(map(str, files)), tuple(map(str, beside)))
-    if not _NAME.match(tier) or label not in ("current", "next") or not _REPO.match(repo):
+    job = Job(
+        tier=str(row.get("tier")),
+        label=str(row.get("label")),
+        repo=str(row.get("repo")),
+        files=tuple(map(str, files)),
+        beside=tuple(map(str, beside)),
+    )
+    if not _NAME.match(job.tier) or not _REPO.match(job.repo):
         return None
-    if not files or not all(map(_HUB_PATH.match, job.files + job.beside)):
+    if job.label not in ("current", "next") or not job.files:
+        return None
+    if not all(map(_HUB_PATH.match, job.files + job.beside)):
         return None
     return job
 
@@ -5746,9 +5876,11 @@ MAX_PARTS = 1000
 def split_parts(file: str) -> Tuple[str, ...]:
     """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
+    if match is None:
         return (file,)
     stem, _, count = match.groups()
+    if not 0 < int(count) <= MAX_PARTS:
+        return (file,)
     numbers = range(1, int(count) + 1)
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
 
@@ -11844,7 +11976,7 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
             fit = _measure_tier(tier, config, machine, weights, path, "")
         fits.append(fit._replace(note=fit.note or note))
     caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
-    return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
+    return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
 
 
 def _trained_for(path: str) -> int:
@@ -13113,6 +13245,8 @@ class Model:
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
         self.needs: Needs = (gb,)               # of each memory
+        self.memory: Optional[Memory] = None    # what that is made of, where its header is known
+        self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
         self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
@@ -13144,9 +13278,29 @@ class Model:
         self.state, self.since = state, time.monotonic()
 
 
-# What the states of a model are called where people read them.
-STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded",
-               "stopping": "unloading"}
+def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
+    """The model of a local tier: it takes what was measured, else what its file's size says."""
+    if fit is None:
+        weights = weights_for(tier)
+        size_gb = weights.size_gb
+        if not size_gb and weights.path:
+            size_gb = file_size(weights.path) / 1e9
+        return Model(tier, footprint_gb(size_gb))
+    model = Model(tier, fit.need_gb)
+    model.needs, model.memory = fit.needs, fit.memory
+    if fit.memory is not None:
+        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+    return model
+
+
+# What the states of a model, here and under llama-swap, are called where people read them.
+STATE_WORDS = {
+    "stopped": "not loaded",
+    "starting": "loading",
+    "ready": "loaded",
+    "stopping": "unloading",
+    "unknown": "not running",                   # no engine answers
+}
 
 
 OWN_READ_BYTES = 16 << 20                       # a program reads as much before its model, or less
@@ -13227,50 +13381,37 @@ class Engine:
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
-        fits, proxy, budget_gb = plan.fits, plan.proxy, plan.budget_gb
-        self._parking = plan.parking
+        self.config = config
         self._command, self._log, self._log_path = command, log, log_path
         self._env, self._local_env = dict(plan.env), without_credentials(plan.env)
-        self._budget_gb, self._first_port = budget_gb, plan.first_port
-        self.config = config
-        self._changed = threading.Condition()
-        local = local_tiers(config)
-        need = self._needs_gb(local, fits)
-        self._budgets_gb = plan.budgets_gb or (budget_gb,)
-        needs = {f.name: f.needs for f in fits}
-        self._sets = residency_sets(config, needs if fits else None, self._budgets_gb)
-        self.models = {t.name: Model(t, need[t.name]) for t in local}
-        for model in self.models.values():
-            model.needs = needs.get(model.name, model.needs)
-        self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
-        if self._proxy:
-            self.models[PROXY] = self._proxy
-        self._parts = {f.name: f.memory for f in fits if f.memory}
-        weights_gb = {name: memory.weights / 1e9 for name, memory in self._parts.items()}
-        self._costs = {t.name: tier_cost(t, weights_gb.get(t.name, 0.0)) for t in local}
-        self._tickets: List[Ticket] = []
+        self._first_port = plan.first_port
+        self._parking = plan.parking
+        self._budget_gb = plan.budget_gb
+        self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
+        fits = {fit.name: fit for fit in plan.fits}
+        needs = {name: fit.needs for name, fit in fits.items()}
+        self._sets = residency_sets(config, needs or None, self._budgets_gb)
+        self.models: Dict[str, Model] = {}
+        for tier in local_tiers(config):
+            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
+        self._proxy: Optional[Model] = None
+        if plan.proxy:
+            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+        self._changed = threading.Condition()   # the lock of all models and of what follows
+        self._tickets: List[Ticket] = []        # who waits, the longest first
         self._closing = False
         self._epoch = time.time() - time.monotonic()
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
-    def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
-        """Tier -> the memory it takes: as measured, else by the size of its file."""
-        known = {f.name: f.need_gb for f in fits}
-        for tier in local:
-            weights = weights_for(tier)
-            size_gb = weights.size_gb
-            if not size_gb and weights.path:
-                size_gb = file_size(weights.path) / 1e9
-            known.setdefault(tier.name, footprint_gb(size_gb))
-        return known
-
     def find(self, name: str) -> Optional[Model]:
         if name in self.models:
             return self.models[name]
-        tier = self.config.by_name(name)
         if self._proxy and name in self._proxy.tier.aliases:
             return self._proxy
-        return self.models.get(tier.name) if tier else None
+        tier = self.config.by_name(name)
+        if tier is None:
+            return None
+        return self.models.get(tier.name)
 
     # ---- for requests
 
@@ -13331,18 +13472,22 @@ class Engine:
         with self._changed:
             model, name = ticket.model, ticket.model.name
             if model.state == "starting":
-                making_room = [m.name for m in self.models.values() if m.state == "stopping"]
-                if making_room and model.process is None:
-                    return f"unloading {', '.join(making_room)} to load {name}"
-                if model.listening or self._is_here(model):
-                    return f"loading {name}{percent_words(self._loaded(model))}"
-                return f"downloading {name}"
+                return self._loading_stage(model)
             if model.state == "ready":
                 return f"queued for {name} behind who has waited longer"
             busy = sorted(ticket.blocked_by)
             if busy:
                 return f"waiting for {', '.join(busy)} to finish before {name} can load"
             return f"waiting for {name} to stop before it can load again"
+
+    def _loading_stage(self, model: Model) -> str:
+        """How far the load of a model is. Whoever holds the lock asks."""
+        leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        if leaving and model.process is None:
+            return f"unloading {', '.join(leaving)} to load {model.name}"
+        if model.listening or self._is_here(model):
+            return f"loading {model.name}{percent_words(self._loaded(model))}"
+        return f"downloading {model.name}"
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load that is done, 0.0 where that is not known."""
@@ -13393,9 +13538,10 @@ class Engine:
 
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
-        oldest = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
         name = ticket.model.name
-        return any(t.since < oldest and name in t.blocked_by for t in self._tickets)
+        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
+        waiting = [other for other in self._tickets if name in other.blocked_by]
+        return any(other.since < fair_since for other in waiting)
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
@@ -13405,32 +13551,40 @@ class Engine:
         model = ticket.model
         if model.proxy:
             return []
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{model.name} needs about {gb_words(model.needs)} and the budget is"
-                            f" {gb_words(self._budgets_gb)} (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        before = self._tickets[:self._tickets.index(ticket)]
-        wanted = {t.model.name for t in before}
+        limits_gb = self._limits_gb(model, running)
+        ahead = self._tickets[:self._tickets.index(ticket)]
+        wanted = {other.model.name for other in ahead}
         busy = {m.name for m in running if not m.is_idle or m.name in wanted}
         now = time.monotonic()
         costs = {m.name: self._keeping_cost(m, now) for m in running}
+        # Idle ones first, of these the cheapest to bring back.
         running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
         names = [m.name for m in running]
         victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [n for n in names if n not in victims]
-        limits_gb = self._budgets_gb
-        if self.pressure:                       # no more than is held now
-            limits_gb = needs_together(m.needs for m in running) or (0.0,) * len(limits_gb)
-        if not fits_together([model.needs], limits_gb):
-            raise LoadError(f"{model.name} needs about {gb_words(model.needs)}, and"
-                            f" {self.pressure}")
-        while not fits_together([model.needs, *(self.models[n].needs for n in staying)],
-                                limits_gb):
-            victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
-        ticket.blocked_by = busy.intersection(victims) | leaving
-        return None if ticket.blocked_by else [self.models[n] for n in victims]
+        staying = [m for m in running if m.name not in victims]
+        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
+            victims.append(staying.pop(0).name)
+        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        if ticket.blocked_by:
+            return None
+        return [self.models[name] for name in victims]
+
+    def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
+        """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        words = f"{model.name} needs about {gb_words(model.needs)}"
+        if not fits_together([model.needs], self._budgets_gb):
+            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
+                            " models.ini)")
+        if not self.pressure:
+            return self._budgets_gb
+        # While memory is short, no more than is held now.
+        held_gb = needs_together(m.needs for m in running)
+        if not held_gb or not fits_together([model.needs], held_gb):
+            raise LoadError(f"{words}, and {self.pressure}")
+        return held_gb
 
     # ---- loading and unloading
 
@@ -13506,12 +13660,13 @@ class Engine:
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(self._costs.get(model.name, 1))
+        back_s = float(model.cost)
         if self._parking is not None and model.identity:
             back_s = self._parking.speeds.load_s(model.identity) or back_s
         if model.bay is not None:
             back_s += model.bay.back_s()
-        return back_s / (1 + max(now - model.last_used, 0.0) / 60)
+        idle_s = max(now - model.last_used, 0.0)
+        return back_s / (1 + idle_s / 60)
 
     def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
@@ -13738,12 +13893,13 @@ class Engine:
         with self._changed:
             idle = [model for model in self.models.values() if model.is_idle]
             for model in idle:
+                idle_s, ttl_s = now - model.last_used, model.tier.ttl
                 if model.process.poll() is not None:
                     code = model.process.returncode
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-                elif model.tier.ttl and now - model.last_used > model.tier.ttl:
-                    self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
+                elif ttl_s and idle_s > ttl_s:
+                    self._log.info(f"{model.name}: idle for {ttl_s} s, unloading")
                     self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
@@ -13751,15 +13907,16 @@ class Engine:
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
         with self._changed:
-            if bool(pressure) != bool(self.pressure):
+            was_short, self.pressure = bool(self.pressure), pressure
+            if bool(pressure) != was_short:
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
-            self.pressure = pressure
             idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            if not pressure or not idle:
+                return
             # One goes a look: the next look sees what that has freed.
-            if pressure and idle:
-                model = min(idle, key=lambda m: m.last_used)
-                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                self._begin_stop(model)
+            model = min(idle, key=lambda m: m.last_used)
+            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+            self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -13832,8 +13989,12 @@ class Engine:
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
-        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": parked,
-                "pressure": self.pressure}
+        return {
+            "models": rows,
+            "budget": round(self._budget_gb * 1e9),
+            "parked": parked,
+            "pressure": self.pressure,
+        }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
         row: Dict[str, Any] = {
@@ -13852,9 +14013,8 @@ class Engine:
             share = self._loaded(model)
             if share:
                 row["share"] = round(share, 2)
-        memory = self._parts.get(model.name)
-        if memory is not None:
-            row["parts"] = memory.parts
+        if model.memory is not None:
+            row["parts"] = model.memory.parts
         return row
 
 
@@ -14003,14 +14163,15 @@ class EngineApp(Behind):
 
     def _listing(self) -> List[Dict[str, Any]]:
         entries = []
-        running = {row["model"]: row["state"] for row in self.engine.running()}
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
-            if model is not None:
-                is_loaded = running.get(model.name) == "ready"
-                entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in tier.names]
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -16056,16 +16217,23 @@ def context_words(tokens: float) -> str:
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
-    mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
-    working = [r for r in mine if re.match("writing|reading", text_in(r, "stage"))]
+    stages, waiting_since = [], []
+    for request in dicts_in(now, "requests"):
+        stage = text_in(request, "stage")
+        if text_in(request, "tier") != name:
+            continue
+        if stage.startswith(("writing", "reading")):
+            stages.append(stage)
+        else:
+            waiting_since.append(number_in(request, "began"))
     words = []
-    if len(working) == 1 and "%" in text_in(working[0], "stage"):
-        words.append(text_in(working[0], "stage"))
-    elif working:
-        words.append(f"{len(working)} answering")
-    since = [number_in(r, "began") for r in mine if r not in working]
-    if since:
-        words.append(f"{len(since)} waiting, {span_words(max(now_s - min(since), 0))}")
+    if len(stages) == 1 and "%" in stages[0]:
+        words.append(stages[0])
+    elif stages:
+        words.append(f"{len(stages)} answering")
+    if waiting_since:
+        longest_s = max(now_s - min(waiting_since), 0)
+        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
     return words
 
 
@@ -16084,13 +16252,13 @@ class TierLine(NamedTuple):
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
     name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, size, rate = number_in(row, "since"), number_in(row, "bytes"), number_in(row, "per_s")
+    since_s, share = number_in(row, "since"), number_in(row, "share")
     ago = span_words(max(now_s - since_s, 0))
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
     words = _occupation(name, now, now_s)
-    if state == "loading" and number_in(row, "share"):
-        state += percent_words(number_in(row, "share"))
+    if state == "loading" and share:
+        state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
     if note:
@@ -16100,8 +16268,8 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         role=text_in(row, "role") or "-",
         context=context_words(number_in(row, "ctx_size")),
         state=state,
-        memory=size_words(size),
-        speed=rate_words(rate),
+        memory=size_words(number_in(row, "bytes")),
+        speed=rate_words(number_in(row, "per_s")),
         note=", ".join(words),
     )
 
@@ -16109,6 +16277,7 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
 _LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
 _RIGHT = ("context", "memory", "speed", "size")
+_GAP = "  "
 
 
 def _state_colour(state: str) -> str:
@@ -16122,32 +16291,42 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
                          break_on_hyphens=False)
 
 
+def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
+    """Column -> how wide it is, its gap with it, of those that say something."""
+    widths = {}
+    for name in rows[0]._fields[:-1]:
+        most = max(len(getattr(row, name)) for row in rows)
+        if most:
+            widths[name] = most + len(_GAP)
+    return widths
+
+
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
     """Rows of the same NamedTuple of texts, its fields as columns; empty columns are left out.
 
     `state` has a colour. A `note`, the last field, goes below its row where it does not fit.
     """
-    names = rows[0]._fields[:-1] if rows else ()
-    columns = [name for name in names if any(getattr(row, name) for row in rows)]
-    wide = {c: max(len(getattr(row, c)) for row in rows) for c in columns}
+    if not rows:
+        return []
+    wide = _column_widths(rows)
     for name, beside in _LEFT_OUT:
-        if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
-            columns.remove(name)
+        if sum(wide.values()) + beside > width:
+            wide.pop(name, 0)
+    room = width - sum(wide.values())           # for a note
     shown = []
     for row in rows:
         cells = []
-        for column in columns:
+        for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (wide[column] - len(text))
+            padding = " " * (columns - len(_GAP) - len(text))
             if column == "state":
                 text = colour(text, _state_colour(text))
             cells.append(padding + text if column in _RIGHT else text + padding)
-        room = width - sum(wide[c] + 2 for c in columns)
         if row.note and len(row.note) <= room:
             cells.append(row.note)
-            shown.append("  ".join(cells))
+            shown.append(_GAP.join(cells))
             continue
-        shown.append("  ".join(cells).rstrip())
+        shown.append(_GAP.join(cells).rstrip())
         shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
@@ -16157,48 +16336,64 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
-    read = f"{number_in(row, 'truth') or number_in(row, 'tokens'):,.0f} tokens"
-    cached = number_in(row, "cached")
+    tokens = number_in(row, "truth") or number_in(row, "tokens")
+    read = f"{tokens:,.0f} tokens"
+    cached, ended = number_in(row, "cached"), text_in(row, "ended")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
-    if text_in(row, "ended") != "done":
-        words.append(text_in(row, "ended"))
-    words.append(f"{number_in(row, 'total_s'):.1f} s")
-    words.append(f"{span_words(max(now_s - number_in(row, 'time'), 0))} ago")
+    if ended != "done":
+        words.append(ended)
+    ago_s = max(now_s - number_in(row, "time"), 0)
+    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
     return "last  " + ", ".join(words)
+
+
+def _stack_facts(now: Mapping[str, Any]) -> List[str]:
+    """What there is to say of the whole stack."""
+    about, memory = now.get("about"), now.get("memory")
+    facts = []
+    budget = number_in(memory, "budget")
+    if budget:
+        taken = number_in(memory, "resident")
+        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    pressure = text_in(memory, "pressure")
+    if pressure:
+        facts.append(f"{pressure}: idle models are unloaded")
+    if value_in(about, "changed") is True:
+        facts.append("models.ini changed since the start: llmstack restart")
+    if value_in(about, "local_only") is True:
+        facts.append("local_only: no request leaves this machine")
+    return facts
+
+
+def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
+    """The downloads that have not ended well."""
+    lines: List[str] = []
+    for row in dicts_in(now, "downloads"):
+        state = text_in(row, "state")
+        if state == "done":
+            continue
+        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
+        how = text_in(row, "error") or progress_words(have, size, 0)
+        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
+        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+    return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    about, memory = now.get("about"), now.get("memory")
-    head = [colour("up", "32") + f"  {url}/v1"]
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
-    if text_in(memory, "pressure"):
-        head.append(f"{text_in(memory, 'pressure')}: idle models are unloaded")
-    if isinstance(about, dict) and about.get("changed") is True:
-        head.append("models.ini changed since the start: llmstack restart")
-    if isinstance(about, dict) and about.get("local_only") is True:
-        head.append("local_only: no request leaves this machine")
-    room = width + len(head[0]) - len(f"up  {url}/v1")      # colours take none
-    lines = ["    ".join(head)]
-    if len(lines[0]) > room:
-        lines = [head[0]]
-        for words in head[1:]:
-            lines += wrapped_lines(words, width, "  ")
+    up, facts = f"up  {url}/v1", _stack_facts(now)
+    painted = colour("up", "32") + up[len("up"):]
+    lines = ["    ".join([painted, *facts])]
+    if len("    ".join([up, *facts])) > width:
+        lines = [painted]
+        for fact in facts:
+            lines += wrapped_lines(fact, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
-    for row in dicts_in(now, "downloads"):
-        if text_in(row, "state") != "done":
-            name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-            have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-            how = text_in(row, "error") or progress_words(have, size, 0)
-            what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += wrapped_lines(what, width, "  ")
+    lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
         lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
@@ -16529,10 +16724,9 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
 
 def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
-    import shutil
     if not sys.stdout.isatty():
         return 200
-    return shutil.get_terminal_size().columns
+    return terminal_columns()
 
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
@@ -16567,28 +16761,16 @@ def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
     return ", ".join(words)
 
 
-# llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
-_STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded",
-                "unknown": "not running"}
-
-
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
+    row = {**row, "state": STATE_WORDS.get(row["state"], row["state"])}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
     if not cached_model(weights_for(tier), places.env):
         row.update(state="not here", reason=fetching_words(tier))
     return row
-
-
-def _download_line(row: Mapping[str, Any]) -> str:
-    name = f"{row['tier']}-{row['label']}"
-    state = paint(row["state"], "33")
-    what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-    return f"Download {name}: {state}, {what}"
 
 
 def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
@@ -16622,9 +16804,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            lines.append(_download_line(row))
+    lines += download_lines(rows, output_columns())
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
