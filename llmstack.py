@@ -11519,7 +11519,9 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     own = config.settings.get("llama_server_bin", "")
     named = own or env.get("LLAMA_SERVER_BIN", "")
     if named:
-        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
+        found = _expand(named)
+        if os.path.basename(named) == named:
+            found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
             where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here",
@@ -11542,64 +11544,78 @@ def bin_dir(env: Mapping[str, str], data: str) -> str:
 
 def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     """The llama-swap binary: $LLMSTACK_BIN_DIR, the data directory, PATH; "" when there is none."""
-    ours = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    return ours if os.access(ours, os.X_OK) else find_program("llama-swap" + EXE)
+    name = "llama-swap" + EXE
+    ours = os.path.join(bin_dir(env, data), name)
+    if os.access(ours, os.X_OK):
+        return ours
+    return find_program(name)
 
 
 OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
+MAX_PROBED_BUILDS = 8                           # whose answers are kept
 _BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
+
+
+def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bool:
+    """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
+    import subprocess
+    words = [word for flag in flags for word in flag]
+    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
+    return ended.returncode == 0
+
+
+def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) -> Set[str]:
+    """The names of those that a llama-server refuses, of replacements too. Errors: UserError.
+
+    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
+    drop flags, so all are tried together first, and one by one only where that fails.
+    """
+    takes = functools.partial(_takes_flags, program)
+    if not takes(()):
+        raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
+    if takes(groups.values()):
+        return set()
+    replacements = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
+    # The usual case takes three runs, not one a flag.
+    if takes(replacements.get(name, flag) for name, flag in groups.items()):
+        return {name for name in replacements if not takes([groups[name]])}
+    refused = {name for name, flag in groups.items() if not takes([flag])}
+    for name, other in replacements.items():
+        if name in refused and not takes([other]):
+            refused.add(other[0])
+    return refused
 
 
 def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[str]:
     """Which of the flags we would use the installed llama-server refuses; asked once per binary.
 
-    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
-    drop flags, so all are tried together first, and one by one only where that fails.
+    Errors: UserError.
     """
-    import subprocess
-
-    flags = [*common_flags(config), *(f for t in local_tiers(config) for f in all_flags(t, config))]
-    groups = {flag[0]: flag for flag in flags}
+    flags = common_flags(config)
+    for tier in local_tiers(config):
+        flags += all_flags(tier, config)
     if config.park_gb:
-        groups["--slot-save-path"] = ("--slot-save-path", data)
-    alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
+        flags.append(("--slot-save-path", data))
+    groups = {flag[0]: flag for flag in flags}
     try:
         stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
     cache = _read_json(cache_path)
-    known = cache.get(stamp, {})
-    values = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
-    if isinstance(known, dict) and known.get("asked") == values:
+    known = dict_of(cache.get(stamp))
+    asked = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
+    if known.get("asked") == asked:
         return frozenset(known["refused"])
-
-    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-
-    def takes(flags: Iterable[Tuple[str, ...]]) -> bool:
-        words = [word for flag in flags for word in flag]
-        try:
-            ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
-        except (OSError, subprocess.SubprocessError) as exc:
-            raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
-        return ended.returncode == 0
-
-    if not takes(()):
-        raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
-    refused: Set[str] = set()
-    swapped = [alternatives.get(name, flag) for name, flag in groups.items()]
-    if takes(groups.values()):
-        pass
-    elif takes(swapped):                        # the usual case: three runs, not one a flag
-        refused = {name for name in alternatives if not takes([groups[name]])}
-    else:
-        refused = {name for name, flag in groups.items() if not takes([flag])}
-        for name, other in alternatives.items():
-            if name in refused and not takes([other]):
-                refused.add(other[0])
-    others = {key: value for key, value in list(cache.items())[:7] if key != stamp}
-    cache = {stamp: {"asked": values, "refused": sorted(refused)}, **others}
-    write_atomic(cache_path, json.dumps(cache, indent=1))
+    refused = _ask_flags(program, groups)
+    others = [key for key in cache if key != stamp][:MAX_PROBED_BUILDS - 1]
+    rows = {stamp: {"asked": asked, "refused": sorted(refused)}}
+    rows.update((key, cache[key]) for key in others)
+    write_atomic(cache_path, json.dumps(rows, indent=1))
     return frozenset(refused)
 
 
@@ -11838,12 +11854,13 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
         url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
-            while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
+            end = offset + count
+            while len(held) < end <= MAX_GGUF_HEADER_BYTES:
                 more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
-            return bytes(held[offset:offset + count])
+            return bytes(held[offset:end])
 
         return parse_gguf_header(read)
 
@@ -11913,7 +11930,9 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
     tier = with_files(tier, find)
     settings = {key: value for key, value in tier.server if value not in ("", ())}
     if settings.get("speculative") == "auto" and "draft" not in settings:
-        settings["speculative"] = "mtp" if _predicts_tokens(model) else "off"
+        settings["speculative"] = "off"
+        if _predicts_tokens(model):
+            settings["speculative"] = "mtp"
     return tier._replace(server=tuple(settings.items()))
 
 
@@ -11925,26 +11944,25 @@ def known_models() -> Dict[str, Any]:
         return {}
 
 
-def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights, path: str,
-                  url: str) -> TierFit:
+def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: str,
+                  env: Mapping[str, str]) -> TierFit:
     """What a tier takes by the best that is known: its file, the hub's, its dimensions, its size.
 
     Errors: Unreachable.
     """
-    where, note = path or url, ""
+    weights, where, note = weights_for(tier), path or url, ""
+    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+    by_size = fit_by_size(tier, config, machine, need_gb)._replace(where=where)
     try:
         if path:
-            beside = beside_bytes(tier, config, machine, path, os.environ)
+            beside = beside_bytes(tier, config, machine, path, env)
             return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
         if url:
-            header = hub_header(weights, os.environ)
-            return fit_tier(tier, config, machine, header, "hub", url)
+            return fit_tier(tier, config, machine, hub_header(weights, env), "hub", url)
     except GgufError as exc:
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
-            need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-            fit = fit_by_size(tier, config, machine, need_gb)
-            return fit._replace(source="broken", where=path, fits=False, note=note)
+            return by_size._replace(source="broken", fits=False, note=note)
     except Unreachable:
         raise
     except OSError as exc:
@@ -11952,8 +11970,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
         return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
-    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    return fit_by_size(tier, config, machine, need_gb)._replace(where=where, note=note)
+    return by_size._replace(note=note)
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
@@ -11970,10 +11987,10 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
         if hub and weights.repo and not path:
             url = hub_url(weights.repo, weights.file, env)
         try:
-            fit = _measure_tier(tier, config, machine, weights, path, url)
+            fit = _measure_tier(tier, config, machine, path, url, env)
         except Unreachable as exc:              # no further tier is asked for
             note, hub = str(exc), False
-            fit = _measure_tier(tier, config, machine, weights, path, "")
+            fit = _measure_tier(tier, config, machine, path, "", env)
         fits.append(fit._replace(note=fit.note or note))
     caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
     return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
@@ -12020,6 +12037,12 @@ DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts
 MAX_PROBES = 64                                 # measurements that are kept
 
 
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
+    others = [(name, other) for name, other in rows.items() if name != identity]
+    return dict([*others[1 - MAX_PROBES:], (identity, row)])
+
+
 class Drafting(NamedTuple):
     """What a tier has written with drafts and without, of one model, build and set of flags."""
 
@@ -12053,11 +12076,14 @@ class Drafting(NamedTuple):
         """With one more answer, by its row of the record."""
         tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
         if not drafts:
-            return self._replace(without_tokens=self.without_tokens + tokens,
-                                 without_ms=self.without_ms + ms)
-        return self._replace(with_tokens=self.with_tokens + tokens, with_ms=self.with_ms + ms,
-                             drafted=self.drafted + row.get("drafted", 0),
-                             accepted=self.accepted + row.get("accepted", 0))
+            return self._replace(
+                without_tokens=self.without_tokens + tokens,
+                without_ms=self.without_ms + ms)
+        return self._replace(
+            with_tokens=self.with_tokens + tokens,
+            with_ms=self.with_ms + ms,
+            drafted=self.drafted + row.get("drafted", 0),
+            accepted=self.accepted + row.get("accepted", 0))
 
 
 def drafting_words(found: Drafting, drafts: bool) -> str:
@@ -12093,16 +12119,16 @@ class Drafts:
     """Chooses at each load whether a tier drafts, and learns from its answers. Thread-safe."""
 
     def __init__(self, data: str, log: Log) -> None:
-        self._path, self._log = os.path.join(data, "drafting.json"), log
+        self._path = os.path.join(data, "drafting.json")
+        self._log = log
         self._lock = threading.Lock()
         self._running: Dict[str, Tuple[str, bool]] = {}     # tier -> (identity, does it draft)
-        self._rows = {name: row for name, row in _read_json(self._path).items()
-                      if isinstance(row, list)}
+        self._rows = _read_json(self._path)
 
     def _found(self, identity: str) -> Drafting:
         """Whoever holds the lock asks."""
-        row = self._rows.get(identity, [])
-        if len(row) != len(Drafting._fields):
+        row = self._rows.get(identity)
+        if not isinstance(row, list) or len(row) != len(Drafting._fields):
             return Drafting()
         return Drafting(*map(_quantity, row))
 
@@ -12118,7 +12144,8 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        if row["ended"] != "done" or not row.get("output") or not row.get("per_s"):
+        is_whole = row["ended"] == "done" and row.get("output")
+        if not is_whole or not row.get("per_s"):
             return
         with self._lock:
             identity, drafts = self._running.get(row["tier"], ("", False))
@@ -12126,9 +12153,7 @@ class Drafts:
             if not identity or found.settled:
                 return
             found = found.learn(drafts, row)
-            self._rows.pop(identity, None)
-            kept = dict(list(self._rows.items())[1 - MAX_PROBES:])
-            self._rows = {**kept, identity: list(found)}
+            self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
             self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
@@ -12160,8 +12185,13 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
-                 str(status.st_size), str(status.st_mtime_ns)]
+        facts = [
+            socket.gethostname(),
+            build_stamp(program),
+            os.path.realpath(path),
+            str(status.st_size),
+            str(status.st_mtime_ns),
+        ]
     except (OSError, UserError):
         return ""
     facts += [" ".join(flag) for flag in all_flags(tier, config)]
@@ -12595,6 +12625,19 @@ class Parked(NamedTuple):
         return bool(self.begins) and beginning(values, self.turns) == self.begins
 
 
+def parse_parked(row: Mapping[str, Any]) -> Parked:
+    """Errors: KeyError, TypeError, ValueError for what is no row of this version."""
+    return Parked(
+        slot=int(row["slot"]),
+        tokens=int(row["tokens"]),
+        edges=str(row["edges"]),
+        turns=int(row["turns"]),
+        begins=str(row["begins"]),
+        prompt=int(row["prompt"]),
+        body_bytes=int(row["body_bytes"]),
+    )
+
+
 def parked_dir(data: str) -> str:
     return os.path.join(data, "parked")
 
@@ -12627,8 +12670,9 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
     changed = str(os.stat(weights).st_mtime_ns)
     facts = [build_stamp(program), file_edges(weights), changed, *settings]
-    facts += [word for flag, word in zip(["", *command], command)
-              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
+    for flag, word in zip(["", *command], command):
+        if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
+            facts.append(word)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
@@ -12712,29 +12756,32 @@ class Speeds:
             return
         with self._lock:
             rows = _read_json(self._path)
-            news = {i: row for i, row in self._rows.items() if i in self._news}
-            older = {identity: row for identity, row in rows.items() if identity not in news}
-            self._rows, self._read_s = {**older, **news}, changed_s
+            for identity in [name for name in self._rows if name in self._news]:
+                rows.pop(identity, None)        # what is news goes behind all others
+                rows[identity] = self._rows[identity]
+            self._rows, self._read_s = rows, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
-        row = self._rows.get(identity)
-        found = row.get(what) if isinstance(row, dict) else None
-        return float(found) if isinstance(found, (int, float)) and found > 0 else otherwise
+        found = dict_of(self._rows.get(identity)).get(what)
+        if isinstance(found, (int, float)) and found > 0:
+            return float(found)
+        return otherwise
 
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
         known = self.get(identity, what, value)
+        learnt = known + (value - known) / 3
         with self._lock:
-            row = self._rows.pop(identity, None)
-            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
-            self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
+            row = dict_of(self._rows.pop(identity, None))
+            self._rows[identity] = {**row, "model": model, what: round(learnt, 2)}
             self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
         own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        return [*cls.READ_NAMES[own::-1], *cls.READ_NAMES[own + 1:]]
+        shorter, longer = cls.READ_NAMES[own::-1], cls.READ_NAMES[own + 1:]
+        return [*shorter, *longer]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
@@ -12746,7 +12793,8 @@ class Speeds:
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
-        if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
+        read_tokens = counts.prompt - counts.cached
+        if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
             name = self._read_names(counts.prompt)[0]
             self.note(identity, model, name, counts.read_per_s)
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
@@ -12770,8 +12818,10 @@ class Speeds:
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
         self._take_in()
-        rows = list(self._rows.items())
-        return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
+        for identity in reversed(list(self._rows)):
+            if self.model_of(identity) == model:
+                return identity
+        return ""
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
@@ -12787,8 +12837,11 @@ class Speeds:
 
 def _stem_parts(name: str) -> Tuple[str, int]:
     """IDENTITY-N.kv -> (IDENTITY, N)."""
-    identity, _, number = name.rpartition(".")[0].rpartition("-")
-    return identity, int(number) if number.isdigit() else -1
+    stem = name.rpartition(".")[0]
+    identity, _, number = stem.rpartition("-")
+    if not number.isdigit():
+        return identity, -1
+    return identity, int(number)
 
 
 class Parking:
@@ -12812,6 +12865,9 @@ class Parking:
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
+
+    def slot_path(self, identity: str, slot: int) -> str:
+        return self.path(f"{identity}-{slot}.kv")
 
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
@@ -12844,15 +12900,12 @@ class Parking:
         """
         found = []
         for name in _names_in(self.directory):
-            if name.startswith(identity + "-") and name.endswith(".json"):
-                row = _read_json(self.path(name))
-                try:
-                    found.append(Parked(
-                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
-                        int(row["turns"]), str(row["begins"]), int(row["prompt"]),
-                        int(row["body_bytes"])))
-                except (KeyError, TypeError, ValueError):       # of another version
-                    _remove(self.path(name))
+            if not name.endswith(".json") or _stem_parts(name)[0] != identity:
+                continue
+            try:
+                found.append(parse_parked(_read_json(self.path(name))))
+            except (KeyError, TypeError, ValueError):           # of another version
+                _remove(self.path(name))
         found.sort(key=lambda parked: parked.tokens, reverse=True)
         return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
 
@@ -12860,17 +12913,19 @@ class Parking:
         """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
         for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
-            model = self.speeds.model_of(identity)
             for parked in self.saved(identity):
-                path = self.path(f"{identity}-{parked.slot}.kv")
-                rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
-                             "bytes": file_size(path),
-                             "used": round(self.used(identity, parked.slot))})
+                rows.append({
+                    "tier": self.speeds.model_of(identity),
+                    "tokens": parked.tokens,
+                    "turns": parked.turns,
+                    "bytes": file_size(self.slot_path(identity, parked.slot)),
+                    "used": round(self.used(identity, parked.slot)),
+                })
         return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
-            return file_edges(self.path(f"{identity}-{parked.slot}.kv")) == parked.edges
+            return file_edges(self.slot_path(identity, parked.slot)) == parked.edges
         except OSError:
             return False
 
@@ -12889,10 +12944,7 @@ class Parking:
 
     def used(self, identity: str, slot: int) -> float:
         """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
-        try:
-            return os.stat(self.path(f"{identity}-{slot}.kv")).st_mtime
-        except OSError:
-            return 0.0
+        return _changed_s(self.slot_path(identity, slot))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
         """Drop the longest unused until the rest fits; False, and none, where it never will."""
@@ -12908,10 +12960,11 @@ class Parking:
             room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
             if more_bytes > room:
                 return False
-            for _, name, size in sorted(files):
-                if total + more_bytes > room:
-                    self.drop(*_stem_parts(name))
-                    total -= size
+            for _, name, size in sorted(files):                 # the longest unused first
+                if total + more_bytes <= room:
+                    break
+                self.drop(*_stem_parts(name))
+                total -= size
         return True
 
 
@@ -12928,9 +12981,18 @@ def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
     if parking is None or not identity:
         return Pace()
-    speeds = parking.speeds
-    per_s, keeps = speeds.reading(identity, tokens), parking.worth(identity, tokens)
-    return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
+    per_s = parking.speeds.reading(identity, tokens)
+    load_s = parking.speeds.load_s(identity)
+    keeps = parking.worth(identity, tokens) and not parking.off(identity)
+    return Pace(per_s, load_s, False, keeps)
+
+
+class Slot(NamedTuple):
+    """A slot of a running llama-server."""
+
+    number: int
+    tokens: int                                 # that it holds
+    is_busy: bool
 
 
 class Numbers:
@@ -12949,15 +13011,18 @@ class Numbers:
         The file of its slot may hold another conversation, which was restored there and has left
         for the host's cache as this one was asked.
         """
-        values = parse_json_object(talk.body)
-        kept = [parked for parked in self._saved if parked.slot in self.left()]
-        own = [parked.slot for parked in kept if parked.goes_on_in(values)]
+        values, left = parse_json_object(talk.body), self.left()
+        kept = [parked for parked in self._saved if parked.slot in left]
+        for parked in kept:
+            if parked.goes_on_in(values):
+                return parked.slot
         taken = {parked.slot for parked in kept}
-        empty = [number for number in self.left() if number not in taken]
-        if slot in empty:
-            empty = [slot]
-        oldest = [parked.slot for parked in reversed(kept)]
-        return [*own, *empty, *oldest, slot][0]
+        empty = [number for number in left if number not in taken]
+        if slot in empty or not left:
+            return slot
+        if empty:
+            return empty[0]
+        return kept[-1].slot
 
 
 class Bay:
@@ -12979,7 +13044,7 @@ class Bay:
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        return not any(tokens or busy for _, tokens, busy in self._slots())
+        return not any(slot.tokens or slot.is_busy for slot in self._slots())
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
@@ -13048,34 +13113,48 @@ class Bay:
         parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
         parking.speeds.note_answer(identity, self._name, counts)
-        self.tokens = counts.prompt + counts.output
+        tokens = self.tokens = counts.prompt + counts.output
         with self._lock:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
         if not body:
             return
-        worth = parking.worth(identity, counts.prompt)
-        if not (worth or restored):
+        is_worth = parking.worth(identity, counts.prompt)
+        if not (is_worth or restored):
             return
         values = parse_json_object(body)
-        for parked in restored:
-            ignored = counts.cached < parked.prompt // 10
-            if ignored and parked.goes_on_in(values):
-                why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
-                       " by this build of llama.cpp")
-                self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                try:
-                    parking.turn_off(identity, self._name, why)
-                except UserError as exc:
-                    self._log.warning(str(exc))
+        self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if turns and worth:
-            talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
-                        counts.prompt + counts.output, time.time())
-            with self._lock:
-                others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
-                self._talks = [*others, talk][-MAX_TALKS:]
+        if not turns or not is_worth:
+            return
+        talk = Talk(
+            target=target,
+            body=body,
+            turns=turns,
+            begins=beginning(values, turns),
+            prompt=counts.prompt,
+            tokens=tokens,
+            at=time.time(),
+        )
+        with self._lock:
+            others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+            self._talks = [*others, talk][-MAX_TALKS:]
+
+    def _prove(self, restored: Iterable[Parked], values: Mapping[str, Any],
+               counts: Counts) -> None:
+        """Park nothing more of a model that reads again what was restored for this request."""
+        for parked in restored:
+            is_used = counts.cached >= parked.prompt // 10
+            if is_used or not parked.goes_on_in(values):
+                continue
+            why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
+                   " of llama.cpp")
+            self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+            try:
+                self._parking.turn_off(self.identity, self._name, why)
+            except UserError as exc:
+                self._log.warning(str(exc))
 
     def pace(self, tokens: int) -> Pace:
         """What is known of the model with a prompt of so many tokens, now that it is loaded."""
@@ -13084,20 +13163,22 @@ class Bay:
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
         speeds = self._parking.speeds
-        if self.parks and self._parking.worth(self.identity, self.tokens):
-            return self.tokens / speeds.get(self.identity, "restored", SAVED_PER_S)
         per_s = speeds.reading(self.identity, self.tokens)
-        return self.tokens / per_s if per_s else 0.0
+        if self.parks and self._parking.worth(self.identity, self.tokens):
+            per_s = speeds.get(self.identity, "restored", SAVED_PER_S)
+        if not per_s:
+            return 0.0
+        return self.tokens / per_s
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
         if not self.parks:
             return
         now, every_s = time.monotonic(), self._parking.every_s
-        if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
+        has_news = self._answered_at > self._saved_at
+        if has_news and 0 < every_s < now - self._saved_at:
             self._saved_at = now
-            threading.Thread(target=self.save, args=(False,), name=f"park {self._name}",
-                             daemon=True).start()
+            in_background(f"park {self._name}", self.save, False)
 
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
@@ -13113,27 +13194,34 @@ class Bay:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
-        began, held = time.monotonic(), self._slots()
-        numbers = Numbers([slot for slot, _, _ in held], self._parking.saved(self.identity))
+        began = time.monotonic()
         end = began + (PARK_S if ending else 1)
+        slots = self._slots()
+        saved = self._parking.saved(self.identity)
+        numbers = Numbers([slot.number for slot in slots], saved)
+        elsewhere = self._save_held(slots, numbers, ending, end)
+        if ending and not any(slot.is_busy for slot in slots):
+            self._save_cached(elsewhere, numbers, end)
+        if numbers.used:
+            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
+                           f" in {time.monotonic() - began:.2f} s")
+
+    def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
+                   end: float) -> List[Talk]:
+        """Save what the slots hold; the conversations that none of them holds."""
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
         unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
-        for slot, tokens, busy in held:
-            talk = next((talk for talk in talks if talk.is_in(tokens)), unknown)
+        for slot in slots:
+            talk = next((talk for talk in talks if talk.is_in(slot.tokens)), unknown)
             talks = [other for other in talks if other is not talk]
-            if busy or not self._parking.worth(self.identity, tokens):
+            is_quick = slot.tokens / per_s < 1
+            if slot.is_busy or not (ending or is_quick):
                 continue
-            quick = ending or tokens / per_s < 1
-            number = numbers.choose(slot, talk)
-            if quick and self._save_slot(slot, number, tokens, talk, end):
-                numbers.used.append(number)
-        if ending and not any(busy for _, _, busy in held):
-            self._save_cached(talks, numbers, end)
-        if numbers.used:
-            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {time.monotonic() - began:.2f} s")
+            if self._parking.worth(self.identity, slot.tokens):
+                self._save_slot(slot.number, slot.tokens, talk, numbers, end)
+        return talks
 
     def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
         """Save what the host's cache has, as long as there are numbers.
@@ -13141,42 +13229,41 @@ class Bay:
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
         for talk in sorted(talks, key=lambda talk: -talk.prompt):
-            slot = self._pull(talk, end) if numbers.left() else -1
+            if not numbers.left():
+                break
+            slot = self._pull(talk, end)
             if slot < 0:
                 break
-            number = numbers.choose(slot, talk)
-            if self._save_slot(slot, number, talk.prompt, talk, end):
-                numbers.used.append(number)
+            self._save_slot(slot, talk.prompt, talk, numbers, end)
 
-    def _slots(self) -> List[Tuple[int, int, bool]]:
-        """(slot, tokens in it, whether it is at work), the longest first.
-
-        Errors: OSError, ValueError.
-        """
+    def _slots(self) -> List[Slot]:
+        """The slots of its server, the longest first. Errors: OSError, ValueError."""
         rows = json.loads(self._upstream.get("/slots", 2.0)[1])
         if not isinstance(rows, list):
             raise ValueError("llama-server tells nothing of its slots")
         found = []
         for row in rows:
             if isinstance(row, dict) and isinstance(row.get("id"), int):
-                tokens = row.get("n_prompt_tokens")
-                count = tokens if isinstance(tokens, int) else 0
-                found.append((row["id"], count, row.get("is_processing") is True))
-        return sorted(found, key=lambda row: -row[1])
+                tokens = _quantity(row.get("n_prompt_tokens"))
+                found.append(Slot(row["id"], tokens, row.get("is_processing") is True))
+        return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
                   timeout_s: float) -> Tuple[int, Dict[str, Any]]:
         """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
-        path, body = f"/slots/{slot}?action={action}", json.dumps({"filename": name}).encode()
+        path = f"/slots/{slot}?action={action}"
+        body = json.dumps({"filename": name}).encode()
         response, said = self._upstream.get(path, timeout_s, "POST", body=body)
         return response.status, parse_json_object(said)
 
-    def _save_slot(self, slot: int, number: int, tokens: int, talk: Talk, end: float) -> bool:
-        """Save a slot under a number; False where it does not come out whole.
+    def _save_slot(self, slot: int, tokens: int, talk: Talk, numbers: Numbers,
+                   end: float) -> None:
+        """Save a slot under a number that is left.
 
         It may take as long as reading it again would, no longer.
         """
         parking, identity = self._parking, self.identity
+        number = numbers.choose(slot, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
@@ -13184,26 +13271,39 @@ class Bay:
         timeout_s = max(min(again_s, end - began), 0.1)
         try:
             if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
-                return False
-            status, said = self._ask_slot(slot, "save", name, timeout_s)
-            size, saved = file_size(temporary), said.get("n_saved")
-            whole = status == 200 and size == said.get("n_written")
-            if not whole or not isinstance(saved, int) or saved < 1:
-                raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
+                return
+            saved = self._write_slot(slot, name, timeout_s)
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "bytes", size / saved)
+            parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
-            edges = file_edges(temporary)
-            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt,
-                            len(talk.body))
+            parked = Parked(
+                slot=number,
+                tokens=saved,
+                edges=file_edges(temporary),
+                turns=talk.turns,
+                begins=talk.begins,
+                prompt=talk.prompt,
+                body_bytes=len(talk.body),
+            )
             parking.keep(identity, parked, temporary, talk.at)
-            return True
+            numbers.used.append(number)
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
-            return False
         finally:
             _remove(temporary)
+
+    def _write_slot(self, slot: int, name: str, timeout_s: float) -> int:
+        """Have llama-server write a slot to a file; the tokens in it.
+
+        Errors: OSError, ValueError where it does not come out whole.
+        """
+        status, said = self._ask_slot(slot, "save", name, timeout_s)
+        size, saved = file_size(self._parking.path(name)), said.get("n_saved")
+        is_whole = status == 200 and size == said.get("n_written")
+        if not is_whole or not isinstance(saved, int) or saved < 1:
+            raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
+        return saved
 
     def _drop_older(self, number: int, talk: Talk) -> None:
         """An older state of the same conversation, in another slot's file, would take its room."""
@@ -13217,17 +13317,20 @@ class Bay:
         values = parse_json_object(talk.body)
         for name in ("max_completion_tokens", "n_predict", "stream_options"):
             values.pop(name, None)
-        values["max_output_tokens" if "/responses" in talk.target else "max_tokens"] = 1
-        values["stream"] = False
+        limit = "max_tokens"
+        if "/responses" in talk.target:
+            limit = "max_output_tokens"
+        values.update({limit: 1, "stream": False})
         body = json.dumps(values).encode()
         timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
-        for slot, tokens, busy in self._slots():
-            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
-                return slot
+        asked = talk._replace(tokens=talk.prompt + 1)
+        for slot in self._slots():
+            if not slot.is_busy and asked.is_in(slot.tokens):
+                return slot.number
         return -1
 
 
@@ -13282,10 +13385,7 @@ def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     """The model of a local tier: it takes what was measured, else what its file's size says."""
     if fit is None:
         weights = weights_for(tier)
-        size_gb = weights.size_gb
-        if not size_gb and weights.path:
-            size_gb = file_size(weights.path) / 1e9
-        return Model(tier, footprint_gb(size_gb))
+        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
     model = Model(tier, fit.need_gb)
     model.needs, model.memory = fit.needs, fit.memory
     if fit.memory is not None:
@@ -13581,8 +13681,9 @@ class Engine:
         if not self.pressure:
             return self._budgets_gb
         # While memory is short, no more than is held now.
-        held_gb = needs_together(m.needs for m in running)
-        if not held_gb or not fits_together([model.needs], held_gb):
+        nothing = (0.0,) * len(self._budgets_gb)
+        held_gb = needs_together([nothing, *(m.needs for m in running)])
+        if not fits_together([model.needs], held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
 
@@ -13935,14 +14036,15 @@ class Engine:
             wanted = model.tier.role == "fast"
             if model.proxy:
                 wanted = model.proxy.preload
-            if wanted:
-                ticket = self.enqueue(model)
-                try:
-                    ticket.ready()
-                except LoadError as exc:
-                    self._log.error(str(exc))
-                # Nobody waits: a load that has begun goes on without a ticket.
-                ticket.end()
+            if not wanted:
+                continue
+            ticket = self.enqueue(model)
+            try:
+                ticket.ready()
+            except LoadError as exc:
+                self._log.error(str(exc))
+            # Nobody waits: a load that has begun goes on without a ticket.
+            ticket.end()
 
     def close(self) -> None:
         """Stop everything, for good."""
@@ -14135,30 +14237,37 @@ class EngineApp(Behind):
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
-        engine, post = self.engine, request.method == "POST"
-        unload_one = "/api/models/unload/"
-        if not post and path == "/health":
+        if path == "/unload":
+            self.engine.unload(self.engine.models.values())
+            client.reply(200, b"OK", _PLAIN)
+            return True
+        if request.method == "POST":
+            return self._unload(client, path)
+        if path == "/health":
             client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
-        elif not post and path == "/ui" and self.page_url:
+        elif path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
-        elif not post and path.rstrip("/") in ("/v1/models", "/models"):
+        elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
-        elif not post and path == "/running":
-            client.reply(200, json.dumps({"running": engine.running()}).encode())
-        elif path == "/unload":
-            engine.unload(engine.models.values())
-            client.reply(200, b"OK", _PLAIN)
-        elif post and path == "/api/models/unload":
-            engine.unload(engine.models.values())
-            client.reply(200, b'{"msg":"ok"}')
-        elif post and path.startswith(unload_one):
-            ticket = engine.lease(path[len(unload_one):])
-            ticket.end()
-            engine.unload([ticket.model])
-            client.reply(200, b"OK", _PLAIN)
+        elif path == "/running":
+            client.reply(200, json.dumps({"running": self.engine.running()}).encode())
         else:
             return False
+        return True
+
+    def _unload(self, client: Client, path: str) -> bool:
+        """Answer a POST that unloads; False for any other. Errors: HttpError 404."""
+        unload_all = "/api/models/unload"
+        if path == unload_all:
+            self.engine.unload(self.engine.models.values())
+            client.reply(200, b'{"msg":"ok"}')
+            return True
+        if not path.startswith(unload_all + "/"):
+            return False
+        model = self.engine.lease(path[len(unload_all) + 1:]).model
+        self.engine.unload([model])
+        client.reply(200, b"OK", _PLAIN)
         return True
 
     def _listing(self) -> List[Dict[str, Any]]:

@@ -383,9 +383,8 @@ def keep_probe(data: str, identity: str, row: Mapping[str, Any], llmstack: Any) 
     """Keep what was found of a tier. Errors: UserError."""
     path = llmstack.probes_file(data)
     rows = llmstack.parse_json_object(llmstack.read_text(path))
-    rows.pop(identity, None)
-    kept = dict(list(rows.items())[1 - llmstack.MAX_PROBES:])
-    llmstack.write_atomic(path, json.dumps({**kept, identity: row}, indent=1))
+    kept = llmstack.newest_rows(rows, identity, row)
+    llmstack.write_atomic(path, json.dumps(kept, indent=1))
 
 
 def running_gb(places: Any, llmstack: Any) -> float:

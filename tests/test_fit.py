@@ -524,7 +524,7 @@ def test_the_embedded_engine_counts_by_header(config: llmstack.Config) -> None:
     engine = llmstack.Engine(config, lambda *_: [], log, str, llmstack.EnginePlan({}, 60.0, fits=known))
     assert engine.models["code-fast"].gb == 5.3
     assert engine.models["plan-uncensored"].gb == pytest.approx(13 * 1.1)       # no header: size_gb and a tenth
-    assert engine._costs["code-smart"] == llmstack.evict_cost(27)
+    assert engine.models["code-smart"].cost == llmstack.evict_cost(27)
 
 
 # ---- The machine
