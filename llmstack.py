@@ -3255,7 +3255,11 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # ==================================================================================================
 # PURE: MEMORY
 # ==================================================================================================
-# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are
+# What a GGUF takes once loaded, from its header alone, and whether that fits. A file's beginning
+# becomes a GgufHeader, its hyperparameters _Layers; estimate_memory sums what they take of cards
+# and host; fit_tier holds that against a Machine. No file is opened here: FIT has those.
+#
+# Weights, KV cache and recurrent state are
 # llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
 # llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
 # the widest layer, fitted to its own report for the real dimensions of 18 models of 9
@@ -3536,6 +3540,7 @@ class _GgufReader:
         return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
 
     def _skip_strings(self, count: int) -> None:
+        # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
         length = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
@@ -3555,6 +3560,7 @@ class _GgufReader:
             raise GgufError(f"has metadata of the unknown type {kind}")
         kind, count = self.numbers("IQ")
         code = _GGUF_SCALARS.get(kind, "")
+        # What is one number a layer is short; longer lists are of the vocabulary.
         if code and count <= 1024:
             return list(self.numbers(f"{count}{code}"))
         if code:
@@ -3636,7 +3642,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     version, = reader.numbers("I")
     if not version:
         raise BrokenGgufError("has nothing in its header")
-    if not version & 0xFFFF:
+    if not version & 0xFFFF:                    # 3 with its bytes turned round
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
@@ -3645,6 +3651,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     for _ in range(pairs):
         key = reader.string()
         value = reader.value()
+        # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
     parts = _small(meta.get("split.count"), 1)
@@ -3680,6 +3687,7 @@ def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader
 
 
 def _pad(count: int) -> int:
+    """llama.cpp rounds up to 256 cells."""
     return -(-count // 256) * 256
 
 
@@ -3722,7 +3730,7 @@ class _Layers:
         key = "attention.sliding_window_pattern"
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
         every = _SWA_EVERY.get(self.arch, 0)
-        if self.arch == "exaone4" and self.count != 64:
+        if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
         if window and isinstance(self.keys.get(key), list):
             return [bool(slides) for slides in self.each(key)], window
@@ -3747,6 +3755,8 @@ class _Layers:
             return [number % every != 0 for number in range(1, self.count + 1)]
         if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
             return [True] * self.count
+        # Layers of a hybrid without K heads have a state; Nemotron-H has some with neither, which
+        # only feed forward.
         forward = [0] * self.count
         if self.arch.startswith("nemotron_h"):
             forward = self.each("feed_forward_length")
@@ -3795,11 +3805,13 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
     cells, sliding = _cells(layers, ctx_size, load)
     kept = layers.count
     kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
+    # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
     found = []
     for layer in range(kept):
         heads = layers.kv_heads[layer]
+        # A layer has a cache or a state; those of Falcon-H1 have both.
         if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
             continue
         held, suffix = cells, ""
@@ -4044,6 +4056,7 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    # More context never takes less memory, so what fits is found by halving.
     low, high = 0, limit // 256
     while low < high:
         middle = (low + high + 1) // 2
@@ -4095,6 +4108,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
         each = list(memory.each)
+        # Which card they go to is llama.cpp's choice; the first is where it begins.
         if each:
             each[load.cards[0]] += beside
         return memory._replace(weights=memory.weights + beside, each=tuple(each))
@@ -4178,6 +4192,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
+    # Of two names that the file begins with, the longer one says more.
     row = models[max(names, key=len)]
     keys = row["keys"]
     size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
@@ -4218,6 +4233,7 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
     chats = {t.name for t in config.tiers if t.chats}
+    # Prompts and checkpoints are kept in the host's memory, wherever the model is.
     limit_gb, taken_gb = machine.budget_gb, {f.name: f.need_gb for f in by_name.values()}
     if machine.host_gb:
         limit_gb, taken_gb = machine.host_gb, {f.name: f.host_gb for f in by_name.values()}
@@ -11501,6 +11517,9 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # ==================================================================================================
 # LLAMA-SERVER
 # ==================================================================================================
+# The room of the programs that serve models: where they are, and which flags the installed build
+# takes. It runs llama-server to ask for that and for nothing else; what serves is the engine's.
+
 
 def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
@@ -11637,6 +11656,11 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # ==================================================================================================
 # The hub, its cache on this disk, and what each tier takes by the header of its file in either.
 # Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+# Nothing is fetched here but headers; extras/download.py brings files.
+#
+# Behind that stands what use has taught of a tier: whether drafting pays, and what `probe` has
+# measured. Either is kept under a name for machine, weights, build and flags together, so it ends
+# with what it was measured of.
 
 
 MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
@@ -12135,6 +12159,7 @@ class Drafts:
     def choose(self, asked: Tier, ready: Tier, identity: str) -> Tier:
         """`ready` as it is to be loaded now."""
         with self._lock:
+            # What the server before this one answers no longer counts.
             self._running.pop(asked.name, None)
             if not identity or not drafts_by_itself(asked, ready):
                 return ready
@@ -12170,6 +12195,7 @@ class Drafts:
 
 
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
+
 
 def probes_file(data: str) -> str:
     return os.path.join(data, "probes.json")
@@ -12542,6 +12568,16 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # What the slots of a model hold is saved before its server stops and restored after its next load,
 # so that no conversation is read twice. <data>/parked/ has IDENTITY-N.kv, written by llama-server,
 # IDENTITY-N.json beside each, and IDENTITY.off for a model that ignores what is restored.
+#
+# The life of a conversation: an answer to it is noted, and its request kept as a Talk where reading
+# it again would take longer than park_after_s (Bay.note). Before its server stops, and every
+# park_every_min of use, its slot is saved under a number that may be another slot's (Numbers); the
+# file counts once it is whole (Parking.keep). The next load restores it (Bay.restore), and its next
+# request shows whether that is of use (Bay._prove). It goes as it is saved anew, as its room is
+# wanted, by `llmstack forget`, or for good where a build ignores it.
+#
+# Bay knows one loaded model, Parking the directory; Bays of several models share it. A Bay asks its
+# server over HTTP, from the engine's threads or one of its own, and never under the engine's lock.
 #
 # A save catches slots alone, and all but one are empty (b11549 and b11669, four slots): as a task
 # begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
@@ -13055,7 +13091,7 @@ class Bay:
             if not parking.intact(identity, parked):
                 parking.drop(identity, parked.slot)
                 continue
-            if parked.tokens > left:
+            if parked.tokens > left:            # it would throw out one that is back already
                 continue
             status, name = 0, f"{identity}-{parked.slot}.kv"
             try:
@@ -13183,8 +13219,9 @@ class Bay:
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
 
-        Not `ending`: only what takes under a second, for requests may be coming.
+        Not `ending`: only what takes under a second.
         """
+        # One at a time: a save in use and the one at the end would write the same files.
         with self._saving:
             try:
                 if self.parks and not self._parking.off(self.identity):
@@ -13195,7 +13232,9 @@ class Bay:
 
     def _save_all(self, ending: bool) -> None:
         began = time.monotonic()
-        end = began + (PARK_S if ending else 1)
+        end = began + 1                         # requests may be coming
+        if ending:
+            end = began + PARK_S
         slots = self._slots()
         saved = self._parking.saved(self.identity)
         numbers = Numbers([slot.number for slot in slots], saved)
@@ -13314,6 +13353,7 @@ class Bay:
 
     def _pull(self, talk: Talk, end: float) -> int:
         """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
+        # Its last request, asked again for one token and with no stream to read.
         values = parse_json_object(talk.body)
         for name in ("max_completion_tokens", "n_predict", "stream_options"):
             values.pop(name, None)
@@ -13340,6 +13380,19 @@ class Bay:
 # The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
 # starts and stops servers, and asks them whether they are well; which tier a request is for was
 # decided before, and what is said to a client goes through a Lease.
+#
+# A model is "stopped", then "starting" once there is room for it, "ready" once its server is healthy
+# and has back what was parked, "stopping" when it is idle for too long, unloaded or in the way of
+# another, and "stopped" again. A load that fails or is unwanted goes from "starting" to "stopped".
+#
+# A request's thread only looks, queues and counts: a Ticket polls try_enter, which begins a load
+# where it can. Each load has a thread (Engine._load): it stops who has to go, starts the server,
+# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. The listener's
+# loop unloads what is idle, once a second; MemoryWatch, in its thread, what there is no memory for.
+#
+# One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
+# No server is asked and no process waited for under it. While a model is "starting" or "stopping"
+# its process belongs to that thread: others may only set `cancelled`.
 
 
 class Model:
@@ -13655,11 +13708,11 @@ class Engine:
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
         limits_gb = self._limits_gb(model, running)
+        # Who has waited longer for a model that runs finds it loaded.
         ahead = self._tickets[:self._tickets.index(ticket)]
         wanted = {other.model.name for other in ahead}
         busy = {m.name for m in running if not m.is_idle or m.name in wanted}
-        now = time.monotonic()
-        costs = {m.name: self._keeping_cost(m, now) for m in running}
+        costs = {m.name: self._keeping_cost(m) for m in running}
         # Idle ones first, of these the cheapest to bring back.
         running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
         names = [m.name for m in running]
@@ -13756,7 +13809,7 @@ class Engine:
         identity = model.identity or self._parking.speeds.identity_of(name)
         return model_pace(self._parking, identity, tokens)
 
-    def _keeping_cost(self, model: Model, now: float) -> float:
+    def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
@@ -13766,7 +13819,7 @@ class Engine:
             back_s = self._parking.speeds.load_s(model.identity) or back_s
         if model.bay is not None:
             back_s += model.bay.back_s()
-        idle_s = max(now - model.last_used, 0.0)
+        idle_s = time.monotonic() - model.last_used
         return back_s / (1 + idle_s / 60)
 
     def _give_up(self, model: Model, why: str) -> None:
@@ -16269,7 +16322,8 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 # ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word,
+# so each is looked at before it is shown. It makes lines and neither asks nor prints.
 
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
 STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
