@@ -6522,15 +6522,15 @@ def hook_parts(env: Mapping[str, str]) -> Tuple[str, str, str]:
     return level, shell, project
 
 
-def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from.
+def hooked_shell(env: Mapping[str, str]) -> str:
+    """The shell whose hook is active where we were started from, "" for none.
 
-    ("", "") for none. Another level means that a shell without the hook stands between.
+    Another level means that a shell without the hook stands between.
     """
-    level, shell, project = hook_parts(env)
+    level, shell, _ = hook_parts(env)
     if shell in SHELLS and level == env.get("SHLVL", ""):
-        return shell, project
-    return "", ""
+        return shell
+    return ""
 
 
 def is_live_terminal() -> bool:
@@ -6571,7 +6571,7 @@ def write_out(text: str) -> None:
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
     env, typed = os.environ, sys.argv[0]
-    if env.get("LLMSTACK_ACTIVE") or hook_of(env)[0] or find_program("llmstack" + EXE):
+    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env) or find_program("llmstack" + EXE):
         return "llmstack"
     if os.path.abspath(typed) != PROGRAM:
         return "llmstack"
@@ -13338,9 +13338,10 @@ class Bay:
         Errors: OSError, ValueError where it does not come out whole.
         """
         status, said = self._ask_slot(slot, "save", name, timeout_s)
-        size, saved = file_size(self._parking.path(name)), said.get("n_saved")
+        size = file_size(self._parking.path(name))
+        saved = _quantity(said.get("n_saved"))
         is_whole = status == 200 and size == said.get("n_written")
-        if not is_whole or not isinstance(saved, int) or saved < 1:
+        if not is_whole or not saved:
             raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
         return saved
 
@@ -13381,14 +13382,15 @@ class Bay:
 # starts and stops servers, and asks them whether they are well; which tier a request is for was
 # decided before, and what is said to a client goes through a Lease.
 #
-# A model is "stopped", then "starting" once there is room for it, "ready" once its server is healthy
-# and has back what was parked, "stopping" when it is idle for too long, unloaded or in the way of
-# another, and "stopped" again. A load that fails or is unwanted goes from "starting" to "stopped".
+# A model is "stopped", then "starting" once there is room for it, "ready" once its server is
+# healthy and has back what was parked, "stopping" when it is idle for too long, unloaded or in the
+# way of another, and "stopped" again. A load that fails or is no longer wanted ends as "stopped".
 #
 # A request's thread only looks, queues and counts: a Ticket polls try_enter, which begins a load
 # where it can. Each load has a thread (Engine._load): it stops who has to go, starts the server,
-# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. The listener's
-# loop unloads what is idle, once a second; MemoryWatch, in its thread, what there is no memory for.
+# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. Once a second
+# the listener's loop unloads what is idle; MemoryWatch has a thread, and unloads what is idle while
+# memory is short.
 #
 # One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
 # No server is asked and no process waited for under it. While a model is "starting" or "stopping"
@@ -13535,8 +13537,10 @@ class Engine:
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
         self.config = config
-        self._command, self._log, self._log_path = command, log, log_path
-        self._env, self._local_env = dict(plan.env), without_credentials(plan.env)
+        self._command = command
+        self._log, self._log_path = log, log_path
+        self._env = dict(plan.env)
+        self._local_env = without_credentials(plan.env)
         self._first_port = plan.first_port
         self._parking = plan.parking
         self._budget_gb = plan.budget_gb
@@ -14174,6 +14178,7 @@ class Engine:
 
 
 _PLAIN = "text/plain; charset=utf-8"
+_UPSTREAM = "/upstream/"                        # then a model and a path of its server's
 
 
 class MemoryWatch:
@@ -14272,9 +14277,11 @@ class EngineApp(Behind):
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
-        if path.startswith("/upstream/"):
-            name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}?{query}" if query else f"/{rest}"
+        if path.startswith(_UPSTREAM):
+            name, _, rest = path[len(_UPSTREAM):].partition("/")
+            target = "/" + rest
+            if query:
+                target += "?" + query
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
@@ -14283,8 +14290,9 @@ class EngineApp(Behind):
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if model and model.proxy and tier and body and tier.name != name:
+        if tier and is_alias and body and model and model.proxy:
             body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
@@ -14355,10 +14363,13 @@ class EngineApp(Behind):
         path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, self.engine.config.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()),
-                      waiting=lambda: waiting.tell(lease.stage))
-        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
-                            terms, waiting)
+
+        def tell() -> None:
+            waiting.tell(lease.stage)
+
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=tell)
+        pieces = [body] if body else []
+        outcome = ask_lease(client, request, lease, request.target, pieces, terms, waiting)
         if outcome.state == "unreachable":
             reply_failure(client, 502, f"{name}: its server {outcome.detail}")
         elif outcome.state in ("rejected", "failed"):
@@ -16182,7 +16193,7 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     or one without either, gets the variables.
     """
     inside = bool(env.get("LLMSTACK_ACTIVE"))
-    if hook_of(env)[0] and not inside:
+    if hooked_shell(env) and not inside:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not is_trusted(places, "hook"):
         return ""
@@ -16631,8 +16642,7 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     record = running_record(places)
     if record is not None:
         host, port, channel = record.host, record.port, record.channel
-    host = args.host or host
-    port = args.port or port
+    host, port = args.host or host, args.port or port
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
@@ -16665,7 +16675,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if not is_trusted(places, "hook"):
         _tell(untrusted_line(places))
         return 0
-    if hook_of(env)[0]:
+    if hooked_shell(env):
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
     stays = ", the daemons stay"
@@ -17007,8 +17017,7 @@ def _cmd_status(args: Any) -> int:
 
 def _shell_in_use(env: Mapping[str, str]) -> str:
     """The shell that reads our output: the hook's, else the user's."""
-    hooked, _ = hook_of(env)
-    return hooked or shell_name(shell_program(env)) or "bash"
+    return hooked_shell(env) or shell_name(shell_program(env)) or "bash"
 
 
 def _say_raw(text: str) -> None:
@@ -17282,8 +17291,7 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-def _embedded_app(places: Places, config: Config, log: Log,
-                  drafts: Drafts) -> EngineApp:
+def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
@@ -17311,17 +17319,24 @@ def _embedded_app(places: Places, config: Config, log: Log,
             words += parking_flags(places.data)
         return words
 
+    def log_path(name: str) -> str:
+        return places.log(f"{name}.log")
+
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
-                      proxy=plan_proxy(places, config, os.environ), parking=parking,
-                      budgets_gb=machine.budgets_gb)
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
+    plan = EnginePlan(
+        env=_without_our_key(os.environ),
+        budget_gb=machine.budget_gb,
+        fits=fits,
+        proxy=plan_proxy(places, config, os.environ),
+        parking=parking,
+        budgets_gb=machine.budgets_gb,
+    )
+    engine = Engine(config, command, log, log_path, plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, log: Log,
-              drafts: Drafts) -> SwapApp:
+def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
     env = _without_our_key(os.environ)
