@@ -3970,7 +3970,8 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
     """
     k_too = load.cache_type_k not in _FLOATS
     v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    most = max((2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches), default=0)
+    values = [cache.cells * (cache.k * k_too + cache.v * v_too) for cache in caches]
+    most = 2 * max(values, default=0)
     if not most:
         return 0
     queries = max(layers.heads) * layers.key
@@ -4001,6 +4002,16 @@ def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
     return _Buffers(mask, peak, header.vocab * load.slots * 4)
 
 
+def _context_bytes(load: LoadOptions) -> List[int]:
+    """What CUDA itself takes of each card."""
+    if not load.cuda:
+        return [0] * load.seen
+    contexts = [BARE_CONTEXT_BYTES] * load.seen
+    for card in load.cards:
+        contexts[card] = CUDA_CONTEXT_BYTES
+    return contexts
+
+
 def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _Buffers,
               layer_bytes: Sequence[int]) -> Memory:
     """`memory` as it is with layers on cards. `layer_bytes`: cache and state of each layer."""
@@ -4017,13 +4028,9 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
         compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
     host_compute = buffers.mask + buffers.outputs
     held[_ON_HOST] += host_compute + memory.cache
-    contexts = [0] * load.seen
-    if load.cuda:
-        contexts = [BARE_CONTEXT_BYTES] * load.seen
     for card in load.cards:
         held[card] += (compute - host_compute) // used
-        if load.cuda:
-            contexts[card] = CUDA_CONTEXT_BYTES
+    contexts = _context_bytes(load)
     each = tuple(size + context for size, context in zip(held, contexts))
     return memory._replace(weights=weights, compute=compute, context=sum(contexts),
                            host=held[_ON_HOST], each=each)
@@ -4224,6 +4231,24 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
 
 
+def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
+    """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
+    # Prompts and checkpoints are kept in the host's memory, wherever the model is.
+    limit_gb, taken_gb = machine.budget_gb, {fit.name: fit.need_gb for fit in fits}
+    if machine.host_gb:
+        limit_gb, taken_gb = machine.host_gb, {fit.name: fit.host_gb for fit in fits}
+    chats = {tier.name for tier in config.tiers if tier.chats}
+    needs = {fit.name: fit.needs for fit in fits}
+    parts_gb: Dict[str, float] = {}
+    for together in residency_sets(config, needs, machine.budgets_gb):
+        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
+        sharing = chats.intersection(together.tiers)
+        for name in sharing:
+            part_gb = left_gb / len(sharing)
+            parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
+    return parts_gb
+
+
 def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
     """`config` with room for prompts and checkpoints in every local tier whose need is known.
 
@@ -4232,19 +4257,7 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     conversation get none.
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
-    chats = {t.name for t in config.tiers if t.chats}
-    # Prompts and checkpoints are kept in the host's memory, wherever the model is.
-    limit_gb, taken_gb = machine.budget_gb, {f.name: f.need_gb for f in by_name.values()}
-    if machine.host_gb:
-        limit_gb, taken_gb = machine.host_gb, {f.name: f.host_gb for f in by_name.values()}
-    needs = {f.name: f.needs for f in by_name.values()}
-    parts_gb: Dict[str, float] = {}             # what each tier gets in the fullest of its sets
-    for together in residency_sets(config, needs, machine.budgets_gb):
-        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
-        sharing = chats.intersection(together.tiers)
-        for name in sharing:
-            part_gb = left_gb / len(sharing)
-            parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
+    parts_gb = _cache_parts_gb(config, list(by_name.values()), machine)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
@@ -13388,9 +13401,9 @@ class Bay:
 #
 # A request's thread only looks, queues and counts: a Ticket polls try_enter, which begins a load
 # where it can. Each load has a thread (Engine._load): it stops who has to go, starts the server,
-# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. Once a second
-# the listener's loop unloads what is idle; MemoryWatch has a thread, and unloads what is idle while
-# memory is short.
+# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. The
+# listener's loop unloads once a second what was idle for its ttl; MemoryWatch has a thread, and
+# unloads what is idle while memory is short.
 #
 # One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
 # No server is asked and no process waited for under it. While a model is "starting" or "stopping"
@@ -13711,23 +13724,32 @@ class Engine:
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        limits_gb = self._limits_gb(model, running)
-        # Who has waited longer for a model that runs finds it loaded.
-        ahead = self._tickets[:self._tickets.index(ticket)]
-        wanted = {other.model.name for other in ahead}
-        busy = {m.name for m in running if not m.is_idle or m.name in wanted}
-        costs = {m.name: self._keeping_cost(m) for m in running}
-        # Idle ones first, of these the cheapest to bring back.
-        running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in running]
-        victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [m for m in running if m.name not in victims]
-        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
-            victims.append(staying.pop(0).name)
+        busy = self._busy_names(ticket, running)
+        victims = self._victims(model, running, busy)
         ticket.blocked_by = leaving.union(busy.intersection(victims))
         if ticket.blocked_by:
             return None
         return [self.models[name] for name in victims]
+
+    def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
+        """What may not be stopped for a ticket now."""
+        # Who has waited longer for a model that runs is to find it loaded.
+        ahead = self._tickets[:self._tickets.index(ticket)]
+        wanted = {other.model.name for other in ahead}
+        return {m.name for m in running if not m.is_idle or m.name in wanted}
+
+    def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
+        """What has to go before a model can load, busy or not. Errors: LoadError."""
+        limits_gb = self._limits_gb(model, running)
+        costs = {m.name: self._keeping_cost(m) for m in running}
+        # Idle ones first, of these the cheapest to bring back.
+        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
+        names = [m.name for m in order]
+        victims = choose_evictions(model.name, names, self._sets, costs)
+        staying = [m for m in order if m.name not in victims]
+        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
+            victims.append(staying.pop(0).name)
+        return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
         """What may be taken of each memory. Errors: LoadError where a model alone needs more."""

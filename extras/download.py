@@ -238,7 +238,8 @@ def fetch_job(job: Any, data: str, env: Mapping[str, str], note: Callable[[str],
     cache, endpoint = llmstack.hub_cache_dir(env), llmstack.hub_endpoint(env)
     note(f"{job.repo}: {', '.join(job.files)}, from {endpoint} into {cache}")
     wanted = {**job._asdict(), "cache": cache, "endpoint": endpoint}
-    command = llmstack.guest_command(llmstack.environment_program(llmstack.HUB, data), "hub_download")
+    python = llmstack.environment_program(llmstack.HUB, data)
+    command = llmstack.guest_command(python, "hub_download")
     event: Dict[str, Any] = {}
     for event in guest_events(command, wanted):
         if "say" in event:

@@ -80,7 +80,8 @@ class Trial:
 
     def _spawn(self) -> None:
         llmstack, data, env = self._llmstack, self._places.data, self._env
-        program = llmstack.find_llama_server(llmstack.tier_config(self.config, self.tier), env, data)
+        own_config = llmstack.tier_config(self.config, self.tier)
+        program = llmstack.find_llama_server(own_config, env, data)
         if not program:
             raise llmstack.UserError("there is no llama-server on this machine",
                                      "install llama.cpp, or run `llmstack setup`")

@@ -52,8 +52,9 @@ def setup_jobs(setup: Setup, llmstack: Any,
                labels: Sequence[str] = ("current", "next")) -> List[Any]:
     """The downloads of what is not here yet."""
     cache = llmstack.hub_cache_dir(setup.env)
-    config, plan = llmstack.load_config(setup.places), llmstack.load_extra("download").plan_downloads
-    jobs, _ = plan(config, (), labels, llmstack)
+    config = llmstack.load_config(setup.places)
+    plan_downloads = llmstack.load_extra("download").plan_downloads
+    jobs, _ = plan_downloads(config, (), labels, llmstack)
     return [job for job in jobs
             if not all(llmstack.local_file(cache, job.repo, file) for file in job.files)]
 
