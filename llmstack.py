@@ -3363,10 +3363,6 @@ class Memory(NamedTuple):
     def total(self) -> int:
         return sum(self.parts.values())
 
-    @property
-    def card(self) -> int:
-        return self.total - self.host
-
 
 class Machine(NamedTuple):
     """The memory models may take together here; why that much; whether a GPU has their layers."""
@@ -3383,8 +3379,8 @@ class Machine(NamedTuple):
         """The budget of each memory there is. Of several cards each has its part of the sum."""
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
-            part = self.budget_gb / max(sum(self.cards), 0.1)
-            each = tuple(card_gb * part for card_gb in self.cards)
+            share = self.budget_gb / max(sum(self.cards), 0.1)
+            each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
             each += (self.host_gb,)
         return each
@@ -4274,25 +4270,22 @@ def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
 
 
+def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
+    """`config` with no tier above what its server holds: tier -> tokens, 0: not known."""
+    tiers = []
+    for tier in config.tiers:
+        most = served.get(tier.name) or tier.ctx_size
+        tiers.append(tier._replace(ctx_size=min(tier.ctx_size, most)))
+    return config._replace(tiers=tuple(tiers))
+
+
 def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
     """`config` with no tier above the context its model was trained for, YaRN's stretch in it.
 
     `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
     """
-    tiers = []
-    for tier in config.tiers:
-        most = trained_context(trained.get(tier.name, 0), tier)
-        if most:
-            tier = tier._replace(ctx_size=min(tier.ctx_size, most))
-        tiers.append(tier)
-    return config._replace(tiers=tuple(tiers))
-
-
-def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
-    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
-    tiers = [tier._replace(ctx_size=min(tier.ctx_size, served.get(tier.name) or tier.ctx_size))
-             for tier in config.tiers]
-    return config._replace(tiers=tuple(tiers))
+    most = {tier.name: trained_context(trained.get(tier.name, 0), tier) for tier in config.tiers}
+    return with_served_contexts(config, most)
 
 
 class MemoryState(NamedTuple):
@@ -11676,7 +11669,6 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # with what it was measured of.
 
 
-MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 _CACHE_VARIABLES = (                            # the first that is set, and the place below it
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
@@ -11807,24 +11799,6 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
             hint = ("this Python has no certificates: run its Install Certificates.command,"
                     " or set SSL_CERT_FILE")
         raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
-
-
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    import urllib.error
-    from http.client import HTTPException
-    from urllib.parse import urlencode
-    token, endpoint = hub_token(env), hub_endpoint(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
-    except urllib.error.HTTPError:
-        raise
-    except (ValueError, RecursionError, HTTPException, OSError) as exc:
-        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
-                        "see HF_ENDPOINT") from None
 
 
 def _part_header(path: str) -> GgufHeader:

@@ -175,7 +175,7 @@ class Chooser:
 def ask_hub(path: str, repo: str, llmstack: Any) -> Any:
     """Errors: UserError."""
     try:
-        return llmstack.hub_api(path, os.environ)
+        return llmstack.load_extra("download").hub_api(path, os.environ, None, llmstack)
     except urllib.error.HTTPError as exc:
         what = f"the model hub answers {exc.code} for {repo}"
         if exc.code in (401, 404):

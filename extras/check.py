@@ -63,7 +63,8 @@ def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str],
     wanted = [part for file in files for part in llmstack.split_parts(file)]
     form = {"paths": wanted, "expand": "true"}
     try:
-        told = llmstack.hub_api(f"{repo}/paths-info/main", env, form)
+        hub_api = llmstack.load_extra("download").hub_api
+        told = hub_api(f"{repo}/paths-info/main", env, form, llmstack)
         rows = {str(row["path"]): row for row in told}
         return {file: ask_file(repo, file, rows, env, llmstack) for file in files}
     except urllib.error.HTTPError as exc:

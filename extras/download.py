@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import (
     Any,
@@ -38,10 +39,28 @@ from typing import (
 )
 
 HUB_PATIENCE_S = 3                              # a closed network should hold up nobody
+MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 # ---- what is to be fetched
+
+
+def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]],
+            llmstack: Any) -> Any:
+    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
+    token, endpoint = llmstack.hub_token(env), llmstack.hub_endpoint(env)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    data = urllib.parse.urlencode(form, doseq=True).encode() if form else None
+    url = f"{endpoint}/api/models/{path}"
+    try:
+        with llmstack.open_url(url, headers, "the model hub", data) as answer:
+            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
+    except urllib.error.HTTPError:
+        raise
+    except (ValueError, RecursionError, http.client.HTTPException, OSError) as exc:
+        raise llmstack.UserError(f"{endpoint} does not answer like a model hub: {exc}",
+                                 "see HF_ENDPOINT") from None
 
 
 def named_tiers(config: Any, names: Sequence[str], llmstack: Any) -> List[Any]:
@@ -179,7 +198,7 @@ def fail_all(places: Any, why: Any, llmstack: Any) -> None:
 def nearest_files(repo: str, file: str, env: Mapping[str, str], llmstack: Any) -> str:
     """`; it has ...` with the names in a repository that are nearest to one it does not have."""
     try:
-        rows = llmstack.hub_api(f"{repo}/tree/main?recursive=true", env)
+        rows = hub_api(f"{repo}/tree/main?recursive=true", env, None, llmstack)
         names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
     except (llmstack.UserError, OSError, LookupError, TypeError, AttributeError):
         return ""
@@ -198,7 +217,7 @@ def with_projector(job: Any, env: Mapping[str, str], llmstack: Any) -> Any:
         return job
     found = ""
     try:
-        rows = llmstack.hub_api(f"{job.repo}/tree/main?recursive=true", env)
+        rows = hub_api(f"{job.repo}/tree/main?recursive=true", env, None, llmstack)
         found = llmstack.choose_projector(str(row["path"]) for row in rows)
     except llmstack.Unreachable:
         raise
