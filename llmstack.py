@@ -16,14 +16,16 @@ Router and engine are one process, the daemon (`_daemon`), which owns all that i
 with a base_url is no model of the engine's: the router asks that host itself. LiteLLM's proxy, for
 the other hosted tiers, is a child of the engine.
 
-A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp
-(who may ask, which route) -> read_facts -> decide -> ask_lease (waits until a backend is ready, and
-tells a waiting stream so) -> relay (pooled upstream connection, bytes as they come) -> Ladder (the
-next tier, where this one has failed before its first byte) -> Recorder.
+A request crosses this file in this order: Server (accepts; a thread a connection) -> Client (reads
+head and body) -> RouterApp.answer (who may ask) -> RouterApp._ask_ladder, which has all the rest:
+read_facts -> decide -> ask_lease (waits until a backend is ready, and tells a waiting stream so) ->
+relay (pooled upstream connection, bytes as they come) -> Descent (the next tier, where this one has
+failed before its first byte) -> Recorder.
 
-`start` crosses it in this order: offer_trust -> planned_config -> Plan (host, port, channel, kind
-of engine) -> check_plan -> start_stack (spawns the daemon, waits until it answers) ->
-rewire_project -> open_shell. `restart` stops the old daemon once all else is checked.
+`start` is _bring_up: offer_trust -> planned_config -> Plan (host, port, channel, kind of engine) ->
+check_plan -> seed_project -> start_stack (spawns the daemon, waits until it answers) ->
+rewire_project -> open_shell. The daemon is _cmd_daemon -> _serve_plan (engine, router, two
+servers). `restart` stops the old daemon once all else is checked.
 
 Words, each with one meaning:
     tier        a [section] of models.ini: a name that clients ask for, with its model and context
@@ -513,6 +515,9 @@ class Facts(NamedTuple):
 # ==================================================================================================
 # PURE: LADDER
 # ==================================================================================================
+# Which tier a request is for, from the request alone: its path and the name that it asks for, its
+# size in tokens, a trigger; then what it costs a conversation to leave its tier. Asking the tiers
+# of a Decision, one after the other, is RouterApp._ask_ladder's, in ROUTER.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -1388,8 +1393,9 @@ class Option(NamedTuple):
     """One key of models.ini.
 
     `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
-    matches the values that need no trust; a key whose row does not speak of it needs trust.
-    `flags` are all names of the flag of llama-server that a key stands for; the first is written.
+    matches the values that need no trust. `flags` are all names of the flag of llama-server that a
+    key stands for; the first is written. Of a switch it is the first that says its value: for off
+    one that begins with --no-. So a key is named for what is on: jinja, not no_jinja.
     """
 
     kind: str
@@ -1421,7 +1427,9 @@ def _option_table(rows: str) -> Dict[str, Option]:
 
 
 # The tables below are all that is known of the file: reading, errors, "did you mean", what needs
-# trust and llama-server's flags come from them.
+# trust and llama-server's flags come from them. What no row says, and no test asks: a key that
+# changes how much memory a model takes is for load_options, too, and a flag whose value changes
+# nothing of a saved slot is for _NOT_IN_KV.
 
 # What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
 SERVER_OPTIONS = _option_table("""
@@ -6445,6 +6453,7 @@ def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
 
 def read_memory_state(cards: bool) -> MemoryState:
     """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
+    import mmap
     free_gb = -1.0
     if cards:
         found = _seen_nvidia_cards(os.environ)
@@ -6452,16 +6461,17 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
-        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
-                           card_free_gb=free_gb)
+        told = program_output(["vm_stat"])
+        page_bytes = number_found(r"page size of ([0-9]+)", told, 16_384)
+        swapped = number_found(r"Swapouts:\s+([0-9]+)", told) * page_bytes
+        return MemoryState(swapped_bytes=int(swapped), critical=level == "4", card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
-    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    swapped = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
     return MemoryState(
         stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
         available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
         total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
-        swapped_bytes=int(pages) * 4096,
+        swapped_bytes=int(swapped) * mmap.PAGESIZE,
         card_free_gb=free_gb,
     )
 
@@ -9911,7 +9921,7 @@ class Recorder:
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
-                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                fd = open_log(self._path)
                 try:
                     os.write(fd, text.encode("utf-8", "replace"))
                 finally:
@@ -10487,6 +10497,9 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
 # ==================================================================================================
 # ROUTER
 # ==================================================================================================
+# Who may ask, which tier answers, and what becomes of it where that fails: RouterApp.answer sorts
+# the paths, _ask_ladder has the whole way of an `auto` request, _ask_named that of a tier's own
+# name. What is behind it is a Behind with leases; nothing here knows which engine that is.
 
 
 class Breaker:
@@ -10713,8 +10726,8 @@ def unknown_model(config: Config, model: object) -> HttpError:
                           f" {', '.join(names)}", "not_found")
 
 
-class Ladder:
-    """The way of one `auto` request down the tiers, as they fail."""
+class Descent:
+    """The way of one `auto` request down the ladder, as its tiers fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  learn: Callable[[int], None]) -> None:
@@ -11385,11 +11398,11 @@ class RouterApp(App):
             worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
             self._conversations.learn(key, worth, truth)
 
-        ladder = Ladder(asked, decision, now, self._breaker, learn)
+        descent = Descent(asked, decision, now, self._breaker, learn)
         reason = ""
         if config.patience_s and facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
-            ladder.prefer(idle)
+            descent.prefer(idle)
             asked.patience_s = config.patience_s if idle else 0.0
 
         def headers() -> bytes:
@@ -11400,17 +11413,17 @@ class RouterApp(App):
             texts = ()
             reason = reason or decision.reason
             asked.look_at_prompt()
-            lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
-            return lines + leaving_header(asked.leaving, ladder.tier.name)
+            lines = decision_headers(decision, descent.tier.name, descent.fallbacks, reason)
+            return lines + leaving_header(asked.leaving, descent.tier.name)
 
         while True:
-            route = ladder.route
-            outcome = self._try(client, ladder, headers)
-            if not ladder.settle(outcome):
+            route = descent.route
+            outcome = self._try(client, descent, headers)
+            if not descent.settle(outcome):
                 break
             asked.patience_s = 0.0
-        name, reason = ladder.tier.name, reason or decision.reason
-        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+        name, reason = descent.tier.name, reason or decision.reason
+        fell = f"; fell back {', '.join(descent.fallbacks)}" if descent.fallbacks else ""
         ms = (time.monotonic() - asked.began_s) * 1000
         self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
                       f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
@@ -11421,7 +11434,7 @@ class RouterApp(App):
         if loop:                                # before the reason: replay reads no further
             row["loop"] = True
         row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
-        self._note(asked, row, ladder.fallbacks)
+        self._note(asked, row, descent.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
@@ -11432,18 +11445,18 @@ class RouterApp(App):
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
-        """Ask the ladder's present tier. Errors: ClientGone."""
-        route, asked = ladder.route, ladder.asked
+    def _try(self, client: Client, descent: Descent, headers: Callable[[], bytes]) -> Outcome:
+        """Ask the descent's present tier. Errors: ClientGone."""
+        route, asked = descent.route, descent.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
             reply_failure(client, status, message, kind, headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, descent.judge, headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
+            self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
@@ -11523,8 +11536,8 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # ==================================================================================================
 # LLAMA-SERVER
 # ==================================================================================================
-# The room of the programs that serve models: where they are, and which flags the installed build
-# takes. It runs llama-server to ask for that and for nothing else; what serves is the engine's.
+# Which programs the engines run, and what a llama-server says of itself: the flags it refuses and
+# its build. It is run for that and for nothing else; loading models is ENGINE's.
 
 
 def build_stamp(program: Sequence[str]) -> str:
@@ -11803,7 +11816,8 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
 
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
-    with open(path, "rb") as file:
+    # A pipe in its place would keep a start waiting.
+    with open(path, "rb", opener=_open_at_once) as file:
         def read(offset: int, count: int) -> bytes:
             file.seek(offset)
             return file.read(count)
@@ -12678,7 +12692,7 @@ def file_edges(path: str) -> str:
     """Tells files apart by their size, beginning and end. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(_EDGE_BYTES))
         file.seek(max(size - _EDGE_BYTES, 0))
@@ -13435,13 +13449,12 @@ def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     return model
 
 
-# What the states of a model, here and under llama-swap, are called where people read them.
+# What the states of a model are called where people read them.
 STATE_WORDS = {
     "stopped": "not loaded",
     "starting": "loading",
     "ready": "loaded",
     "stopping": "unloading",
-    "unknown": "not running",                   # no engine answers
 }
 
 
@@ -15911,13 +15924,9 @@ HOOK_FILES = {
 }
 
 
-def _untrusted_words(places: Places) -> str:
-    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: {_untrusted_words(places)}"
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def check_run_trust(places: Places) -> None:
@@ -16151,8 +16160,6 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not is_trusted(places, "hook"):
-        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
@@ -16574,7 +16581,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # COMMANDS
 # ==================================================================================================
 # The room of the command line: each command reads its arguments, calls the rooms above and says
-# what came of it. Here os.environ becomes the environment that travels with the places.
+# what came of it. Here os.environ becomes the environment that travels with the places. The daemon
+# of `start` is a command, too: _cmd_daemon, for which _serve_plan puts router and engine together.
 
 
 def _places(args: Any) -> Places:
@@ -16825,7 +16833,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places))
+        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
@@ -16930,10 +16938,14 @@ def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
     return ", ".join(words)
 
 
+# llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
+_SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
+
+
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": STATE_WORDS.get(row["state"], row["state"])}
+    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
