@@ -11540,6 +11540,13 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # its build. It is run for that and for nothing else; loading models is ENGINE's.
 
 
+def digest_of(*facts: str) -> str:
+    """24 hexadecimal digits that tell these facts from any others."""
+    import hashlib
+    text = "\0".join(facts)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+
+
 def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
     status = os.stat(program[0])
@@ -12204,7 +12211,6 @@ def probes_file(data: str) -> str:
 
 def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
-    import hashlib
     tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier), env)
     try:
@@ -12221,8 +12227,8 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         ]
     except (OSError, UserError):
         return ""
-    facts += [" ".join(flag) for flag in all_flags(tier, config)]
-    return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()[:24]
+    flags = [" ".join(flag) for flag in all_flags(tier, config)]
+    return digest_of(*facts, *flags)
 
 
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
@@ -12618,13 +12624,11 @@ def talk_turns(values: Mapping[str, Any]) -> Any:
 
 def beginning(values: Mapping[str, Any], turns: int) -> str:
     """A hash of the first `turns` of a request; "" where it has fewer."""
-    import hashlib
     said = talk_turns(values)
     if not turns or len(said) < turns:
         return ""
     above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    text = json.dumps([above, said[:turns]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return digest_of(json.dumps([above, said[:turns]]))
 
 
 class Talk(NamedTuple):
@@ -12702,7 +12706,6 @@ def file_edges(path: str) -> str:
 
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
-    import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
     changed = str(os.stat(weights).st_mtime_ns)
@@ -12710,7 +12713,7 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     for flag, word in zip(["", *command], command):
         if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
             facts.append(word)
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
+    return digest_of(*facts)
 
 
 def _names_in(directory: str) -> List[str]:
@@ -17299,6 +17302,42 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
+class ServerCommands:
+    """The command line of each tier's llama-server, as the engine asks for it at a load."""
+
+    def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
+                 parks: bool) -> None:
+        self._data, self._config, self._log = places.data, config, log
+        self._drafts, self._parks = drafts, parks
+        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+        self._probing = threading.Lock()
+
+    def _refused_by(self, server: Tuple[str, ...]) -> FrozenSet[str]:
+        """The flags that a build refuses. It is asked at its first load: the daemon is up by then.
+
+        Errors: UserError.
+        """
+        with self._probing:
+            if server not in self._refused:
+                refused = probe_flags(server, self._config, self._data)
+                self._refused[server] = refused
+                for said in refused_settings(self._config, refused):
+                    self._log.warning(said)
+            return self._refused[server]
+
+    def __call__(self, tier: Tier, port: int) -> List[str]:
+        """Errors: UserError."""
+        config, data = self._config, self._data
+        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        refused = self._refused_by(server)
+        identity = probe_identity(tier, config, os.environ, data)
+        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        words = server_command(server, ready, config, port, refused)
+        if self._parks and "--slot-save-path" not in refused:
+            words += parking_flags(data)
+        return words
+
+
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
@@ -17306,26 +17345,8 @@ def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> E
     fits = measure_tiers(config, machine, os.environ)
     config = with_caches(config, fits, machine)
     parking = open_parking(places.data, config, log)
-    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-    probing = threading.Lock()
-
-    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
-        with probing:                           # at the first load: the daemon is up before that
-            if server not in refused:
-                refused[server] = probe_flags(server, config, places.data)
-                for said in refused_settings(config, refused[server]):
-                    log.warning(said)
-        return refused[server]
-
-    def command(tier: Tier, port: int) -> List[str]:
-        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
-        flags = probe(server)
-        identity = probe_identity(tier, config, os.environ, places.data)
-        tier = drafts.choose(tier, ready_tier(tier, os.environ), identity)
-        words = server_command(server, tier, config, port, flags)
-        if parking is not None and parking.parks and "--slot-save-path" not in flags:
-            words += parking_flags(places.data)
-        return words
+    parks = parking is not None and parking.parks
+    command = ServerCommands(places, config, log, drafts, parks)
 
     def log_path(name: str) -> str:
         return places.log(f"{name}.log")
