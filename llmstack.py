@@ -17329,6 +17329,8 @@ class ServerCommands:
         """Errors: UserError."""
         config, data = self._config, self._data
         server = find_llama_server(tier_config(config, tier), os.environ, data)
+        if not server:                          # it was there when the daemon came up
+            raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
         refused = self._refused_by(server)
         identity = probe_identity(tier, config, os.environ, data)
         ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
