@@ -11596,6 +11596,8 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return find_program(name)
 
 
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
 OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
 MAX_PROBED_BUILDS = 8                           # whose answers are kept
 _BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
@@ -11638,8 +11640,10 @@ def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) ->
 def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[str]:
     """Which of the flags we would use the installed llama-server refuses; asked once per binary.
 
-    Errors: UserError.
+    Errors: UserError, where there is none, too: it may go while a daemon runs.
     """
+    if not program:
+        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
     flags = common_flags(config)
     for tier in local_tiers(config):
         flags += all_flags(tier, config)
@@ -14682,8 +14686,6 @@ class SwapApp(UpstreamApp):
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
-LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
-                     " `llmstack start --demo`")
 Say = Callable[[str], None]
 
 
@@ -17329,8 +17331,6 @@ class ServerCommands:
         """Errors: UserError."""
         config, data = self._config, self._data
         server = find_llama_server(tier_config(config, tier), os.environ, data)
-        if not server:                          # it was there when the daemon came up
-            raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
         refused = self._refused_by(server)
         identity = probe_identity(tier, config, os.environ, data)
         ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)

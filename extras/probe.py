@@ -82,9 +82,6 @@ class Trial:
         llmstack, data, env = self._llmstack, self._places.data, self._env
         own_config = llmstack.tier_config(self.config, self.tier)
         program = llmstack.find_llama_server(own_config, env, data)
-        if not program:
-            raise llmstack.UserError("there is no llama-server on this machine",
-                                     "install llama.cpp, or run `llmstack setup`")
         refused = llmstack.probe_flags(program, self.config, data)
         tier = llmstack.ready_tier(self.tier, env)
         self.command = llmstack.server_command(program, tier, self.config, self._upstream.port,

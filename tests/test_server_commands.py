@@ -26,3 +26,5 @@ def test_a_llama_server_that_is_gone_since_the_start_is_said(
     model = app.engine.models["t"]
     with pytest.raises(llmstack.LoadError, match="t: there is no llama-server on this machine; "):
         app.engine._spawn_server(model, str(tmp_path / "log"))
+    with pytest.raises(llmstack.UserError, match="there is no llama-server on this machine"):
+        llmstack.probe_flags((), config, places.data)       # as llama-swap's parking asks
