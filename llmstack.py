@@ -3461,6 +3461,7 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
     told = (told + [0.0] * len(cards))[:len(cards)]
     if any(told):
         return tuple(told)
+    # Full cards count a little, too: proportions of nothing have no sum.
     return tuple(max(machine.cards[card], 0.1) for card in cards)
 
 
@@ -3472,8 +3473,9 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     if machine.cards:
         cards = cards_of(own, machine)
         split = _split_over(cards, settings, machine)
-    layers = settings["n_gpu_layers"]
-    count = int(layers) if layers.isdigit() else 999            # auto, all, -1
+    layers, count = settings["n_gpu_layers"], 999           # auto, all, -1
+    if layers.isdigit():
+        count = int(layers)
     if not machine.gpu or settings.get("device") == "none":
         count = 0
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
@@ -12752,15 +12754,9 @@ def forget_parked(data: str) -> int:
     return freed
 
 
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+def io_bytes(pid: int, count: str) -> int:
+    """What Linux counts of a process: `rchar` it has read, `read_bytes` from disks; elsewhere -1."""
+    found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
     return int(found.group(1)) if found else -1
 
 
@@ -12847,7 +12843,7 @@ class Speeds:
     def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
         kind = "load"
-        if bytes_fetched(pid) > file_size(weights) / 2:
+        if io_bytes(pid, "read_bytes") > file_size(weights) / 2:
             kind = "disk"
         self.note(identity, model, kind, load_s)
 
@@ -13476,7 +13472,7 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read_bytes = bytes_read(pid)
+    read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
     if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
@@ -13986,10 +13982,10 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context = _quantity(settings.get("n_ctx"))
-        if 0 < model.context < model.tier.ctx_size:
+        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
+        if 0 < model.context < wanted:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {model.tier.ctx_size:,}")
+                              f" conversation, ctx_size says {wanted:,}")
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -16345,10 +16341,23 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 # so each is looked at before it is shown. It makes lines and neither asks nor prints.
 
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
-STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
-                 "failed to load": "31", "failing": "31", "no credential": "31",
-                 "intact": "32", "served": "32", "missing": "33", "partial": "33",
-                 "damaged": "31", "outdated": "33", "not served": "31"}
+_GREEN, _YELLOW, _RED, _FAINT = "32", "33", "31", "2"
+STATE_COLOURS = {
+    "loaded": _GREEN,
+    "available": _GREEN,
+    "intact": _GREEN,
+    "served": _GREEN,
+    "loading": _YELLOW,
+    "unloading": _YELLOW,
+    "missing": _YELLOW,
+    "partial": _YELLOW,
+    "outdated": _YELLOW,
+    "failed to load": _RED,
+    "failing": _RED,
+    "no credential": _RED,
+    "damaged": _RED,
+    "not served": _RED,
+}
 
 
 def value_in(row: Any, key: str) -> Any:
@@ -16463,7 +16472,11 @@ _GAP = "  "
 
 
 def _state_colour(state: str) -> str:
-    return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
+    # A state may have more behind its word, such as how far a load is.
+    for word, code in STATE_COLOURS.items():
+        if state.startswith(word):
+            return code
+    return _FAINT
 
 
 def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
