@@ -12755,7 +12755,7 @@ def forget_parked(data: str) -> int:
 
 
 def io_bytes(pid: int, count: str) -> int:
-    """What Linux counts of a process: `rchar` it has read, `read_bytes` from disks; elsewhere -1."""
+    """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
     found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
     return int(found.group(1)) if found else -1
 
