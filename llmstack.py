@@ -3263,7 +3263,11 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # ==================================================================================================
 # PURE: MEMORY
 # ==================================================================================================
-# What a GGUF takes once loaded, from its header alone. Weights, KV cache and recurrent state are
+# What a GGUF takes once loaded, from its header alone, and whether that fits. A file's beginning
+# becomes a GgufHeader, its hyperparameters _Layers; estimate_memory sums what they take of cards
+# and host; fit_tier holds that against a Machine. No file is opened here: FIT has those.
+#
+# Weights, KV cache and recurrent state are
 # llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
 # llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
 # the widest layer, fitted to its own report for the real dimensions of 18 models of 9
@@ -3295,6 +3299,7 @@ _GGML_SIZES: Dict[int, Tuple[int, int]] = {
     23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
     39: (32, 17), 40: (64, 36),
 }
+_Q6_K = 14
 _FLOATS = ("f32", "f16", "bf16")
 _CACHE_SIZES = {
     "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
@@ -3366,10 +3371,6 @@ class Memory(NamedTuple):
     def total(self) -> int:
         return sum(self.parts.values())
 
-    @property
-    def card(self) -> int:
-        return self.total - self.host
-
 
 class Machine(NamedTuple):
     """The memory models may take together here; why that much; whether a GPU has their layers."""
@@ -3386,8 +3387,8 @@ class Machine(NamedTuple):
         """The budget of each memory there is. Of several cards each has its part of the sum."""
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
-            part = self.budget_gb / max(sum(self.cards), 0.1)
-            each = tuple(card_gb * part for card_gb in self.cards)
+            share = self.budget_gb / max(sum(self.cards), 0.1)
+            each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
             each += (self.host_gb,)
         return each
@@ -3442,9 +3443,10 @@ def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
     """
     every = tuple(range(len(machine.cards)))
     settings = config.settings
-    named = [_NUMBERED.match(name) for name in settings.get("device", "").split(",")]
-    chosen = tuple(int(match.group(1)) for match in named if match)
-    if not set(chosen) <= set(every) or len(chosen) < len(named):
+    names = settings.get("device", "").split(",")
+    numbers = [_NUMBERED.match(name) for name in names]
+    chosen = tuple(int(number.group(1)) for number in numbers if number)
+    if len(chosen) < len(names) or not set(chosen) <= set(every):
         chosen = every
     if settings.get("split_mode") == "none":
         first = settings.get("main_gpu", 0)
@@ -3459,6 +3461,7 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
     told = (told + [0.0] * len(cards))[:len(cards)]
     if any(told):
         return tuple(told)
+    # Full cards count a little, too: proportions of nothing have no sum.
     return tuple(max(machine.cards[card], 0.1) for card in cards)
 
 
@@ -3470,8 +3473,9 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     if machine.cards:
         cards = cards_of(own, machine)
         split = _split_over(cards, settings, machine)
-    layers = settings["n_gpu_layers"]
-    count = int(layers) if layers.isdigit() else 999            # auto, all, -1
+    layers, count = settings["n_gpu_layers"], 999           # auto, all, -1
+    if layers.isdigit():
+        count = int(layers)
     if not machine.gpu or settings.get("device") == "none":
         count = 0
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
@@ -3490,18 +3494,35 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     )
 
 
+class _Tensor(NamedTuple):
+    """A tensor as a header lists it."""
+
+    offset: int                                 # behind the header, in bytes
+    size: int                                   # bytes, -1 of a type that is not known here
+    name: str
+    shape: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.offset + max(self.size, 0)
+
+
 class _GgufReader:
     """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
-        self._read, self._block, self._start, self.at = read, b"", 0, 0
+        self._read = read
+        self._block, self._start = b"", 0       # what has been read last, and from where
+        self.at = 0
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
-        if self.at + count > self._start + len(self._block):
-            if self.at + count > MAX_GGUF_HEADER_BYTES:
+        end = self.at + count
+        if end > self._start + len(self._block):
+            if end > MAX_GGUF_HEADER_BYTES:
                 raise GgufError("has a header beyond any reason")
-            self._block, self._start = self._read(self.at, max(count, 1 << 18)), self.at
+            self._block = self._read(self.at, max(count, 1 << 18))
+            self._start = self.at
             if len(self._block) < count:
                 raise BrokenGgufError("ends within its header")
         return self.at - self._start
@@ -3525,6 +3546,7 @@ class _GgufReader:
         return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
 
     def _skip_strings(self, count: int) -> None:
+        # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
         length = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
@@ -3544,6 +3566,7 @@ class _GgufReader:
             raise GgufError(f"has metadata of the unknown type {kind}")
         kind, count = self.numbers("IQ")
         code = _GGUF_SCALARS.get(kind, "")
+        # What is one number a layer is short; longer lists are of the vocabulary.
         if code and count <= 1024:
             return list(self.numbers(f"{count}{code}"))
         if code:
@@ -3555,6 +3578,62 @@ class _GgufReader:
         else:
             raise GgufError(f"has a list of the unknown type {kind}")
         return range(count)
+
+    def tensor(self) -> _Tensor:
+        name = self.string()
+        dimensions, = self.numbers("I")
+        if dimensions > 4:
+            raise GgufError(f"has a tensor of {dimensions} dimensions")
+        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
+        values = 1
+        for length in shape:
+            values *= length
+        size = -1
+        if kind in _GGML_SIZES:
+            block, block_bytes = _GGML_SIZES[kind]
+            size = values // block * block_bytes
+        return _Tensor(offset, size, name, shape)
+
+
+def _small(value: object, default: int) -> int:
+    if isinstance(value, int) and 0 < value <= 256:
+        return value
+    return default
+
+
+def _widest_layer(tensors: Iterable[_Tensor]) -> int:
+    """The values that a token takes in the widest matrix of a layer."""
+    widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
+    for tensor in tensors:
+        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+            continue
+        what = (tensor.name + "..").split(".")[2]
+        if what not in widths:
+            what = ""
+        widths[what] = max(widths[what], tensor.shape[1])
+    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
+        widths["ffn_up"] //= 2
+    return max(widths.values())
+
+
+def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
+                  alignment: int) -> GgufHeader:
+    tensors = sorted(reader.tensor() for _ in range(count))
+    starts = [tensor.offset for tensor in tensors]
+    bytes_of: Dict[str, int] = {}
+    for tensor, following in zip(tensors, [*starts[1:], 0]):
+        size = tensor.size
+        if size < 0:                            # a type not known here: as far as the next tensor
+            size = max(0, following - tensor.offset)
+        bytes_of[tensor.name] = size
+    data = -(-reader.at // alignment) * alignment
+    return header._replace(
+        tensor_bytes=sum(bytes_of.values()),
+        embd_bytes=bytes_of.get("token_embd.weight", 0),
+        tied="output.weight" not in bytes_of,
+        widest=_widest_layer(tensors),
+        end=data + max((tensor.end for tensor in tensors), default=0),
+        tensors=bytes_of)
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
@@ -3569,7 +3648,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     version, = reader.numbers("I")
     if not version:
         raise BrokenGgufError("has nothing in its header")
-    if not version & 0xFFFF:
+    if not version & 0xFFFF:                    # 3 with its bytes turned round
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
@@ -3578,6 +3657,7 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
     for _ in range(pairs):
         key = reader.string()
         value = reader.value()
+        # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
     parts = _small(meta.get("split.count"), 1)
@@ -3588,58 +3668,17 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         if not meta.get("split.no"):
             raise GgufError("names no architecture")
         arch = "-"
-    keys = {key[len(arch) + 1:]: value for key, value in meta.items()
-            if key.startswith(arch + ".") and isinstance(value, (int, float, list))}
+    prefix = arch + "."
+    keys = {}
+    for key, value in meta.items():
+        if key.startswith(prefix) and isinstance(value, (int, float, list)):
+            keys[key[len(prefix):]] = value
     tokens = meta.get("tokenizer.ggml.tokens")
     count = len(tokens) if isinstance(tokens, (list, range)) else 0
     vocab = _quantity(keys.get("vocab_size", count))
     header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    return _with_tensors(header, reader, tensors, _small(meta.get("general.alignment"), 32))
-
-
-def _small(value: object, default: int) -> int:
-    if isinstance(value, int) and 0 < value <= 256:
-        return value
-    return default
-
-
-def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
-                  alignment: int) -> GgufHeader:
-    sizes: List[Tuple[int, int, str]] = []      # offset, bytes or -1, name
-    widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
-    for _ in range(count):
-        name = reader.string()
-        dimensions, = reader.numbers("I")
-        if dimensions > 4:
-            raise GgufError(f"has a tensor of {dimensions} dimensions")
-        *shape, kind, offset = reader.numbers(f"{dimensions}QIQ")
-        block, size = _GGML_SIZES.get(kind, (0, 0))
-        values = 1
-        for length in shape:
-            values *= length
-        sizes.append((offset, values // block * size if block else -1, name))
-        if name.startswith("blk.") and dimensions == 2:
-            what = (name + "..").split(".")[2]
-            what = what if what in widths else ""
-            widths[what] = max(widths[what], shape[1])
-    sizes.sort()
-    starts = [offset for offset, _, _ in sizes]
-    bytes_of: Dict[str, int] = {}
-    for (at, size, name), following in zip(sizes, [*starts[1:], 0]):
-        if size < 0:                            # a type not known here: as far as the next tensor
-            size = max(0, following - at)
-        bytes_of[name] = size
-    if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
-        widths["ffn_up"] //= 2
-    data = -(-reader.at // alignment) * alignment
-    end = data + max((at + max(size, 0) for at, size, _ in sizes), default=0)
-    return header._replace(
-        tensor_bytes=sum(bytes_of.values()),
-        embd_bytes=bytes_of.get("token_embd.weight", 0),
-        tied="output.weight" not in bytes_of,
-        widest=max(widths.values()),
-        end=end,
-        tensors=bytes_of)
+    alignment = _small(meta.get("general.alignment"), 32)
+    return _with_tensors(header, reader, tensors, alignment)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
@@ -3654,6 +3693,7 @@ def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader
 
 
 def _pad(count: int) -> int:
+    """llama.cpp rounds up to 256 cells."""
     return -(-count // 256) * 256
 
 
@@ -3662,19 +3702,22 @@ class _Layers:
 
     def __init__(self, header: GgufHeader) -> None:
         self.keys, self.arch = header.keys, header.arch
-        self.count = self.number("block_count")
-        self.count -= self.number("nextn_predict_layers")       # those for drafts
+        drafting = self.number("nextn_predict_layers")
+        self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
         self.heads = self.each("attention.head_count", [0])
         self.kv_heads = self.each("attention.head_count_kv", self.heads)
         self.embd = self.number("embedding_length")
-        size = self.embd // self.heads[0] if self.heads[0] else 0
-        self.key = self.number("attention.key_length", size)
-        self.value = self.number("attention.value_length", size)
+        head_size = 0
+        if self.heads[0]:
+            head_size = self.embd // self.heads[0]
+        self.key = self.number("attention.key_length", head_size)
+        self.value = self.number("attention.value_length", head_size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
-        self.latent = bool(self.number("attention.key_length_mla")
-                           and self.number("attention.value_length_mla"))
+        latent_k = self.number("attention.key_length_mla")
+        latent_v = self.number("attention.value_length_mla")
+        self.latent = bool(latent_k and latent_v)
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -3684,34 +3727,42 @@ class _Layers:
         value = self.keys.get(key, default)
         values = [self.number(key)]
         if isinstance(value, (list, tuple)):
-            values = [_quantity(v) for v in value]
-        return (values + (values or [0])[-1:] * self.count)[:self.count]
+            values = [_quantity(v) for v in value] or [0]
+        values += values[-1:] * self.count      # the last one stands for those behind it
+        return values[:self.count]
 
     def slides(self) -> Tuple[List[bool], int]:
         """Which layers keep only a window, and its tokens."""
-        pattern = self.keys.get("attention.sliding_window_pattern")
+        key = "attention.sliding_window_pattern"
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
         every = _SWA_EVERY.get(self.arch, 0)
-        if self.arch == "exaone4" and self.count != 64:
+        if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
-        if not window or not (every or isinstance(pattern, list)):
+        if window and isinstance(self.keys.get(key), list):
+            return [bool(slides) for slides in self.each(key)], window
+        if not window or not every:
             return [False] * self.count, 0
-        if isinstance(pattern, list):
-            return [bool(v) for v in self.each("attention.sliding_window_pattern")], window
-        period = self.number("attention.sliding_window_pattern", abs(every)) or 1
-        full = 0 if every < 0 else period - 1
-        return [i % period != full for i in range(self.count)], window
+        period = self.number(key, abs(every)) or 1
+        full = period - 1
+        if every < 0:
+            full = 0
+        return [layer % period != full for layer in range(self.count)], window
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        if isinstance(self.keys.get("attention.recurrent_layers"), list):
-            return [bool(v) for v in self.each("attention.recurrent_layers")]
-        usual = 4 if self.arch.startswith(("qwen3next", "qwen35")) else 0
+        key = "attention.recurrent_layers"
+        if isinstance(self.keys.get(key), list):
+            return [bool(recurs) for recurs in self.each(key)]
+        usual = 0
+        if self.arch.startswith(("qwen3next", "qwen35")):
+            usual = 4
         every = self.number("full_attention_interval", usual)
         if every:
-            return [(i + 1) % every != 0 for i in range(self.count)]
+            return [number % every != 0 for number in range(1, self.count + 1)]
         if self.arch.startswith(("mamba", "rwkv", "arwkv", "falcon-h1")):
             return [True] * self.count
+        # Layers of a hybrid without K heads have a state; Nemotron-H has some with neither, which
+        # only feed forward.
         forward = [0] * self.count
         if self.arch.startswith("nemotron_h"):
             forward = self.each("feed_forward_length")
@@ -3719,17 +3770,22 @@ class _Layers:
 
     def state_floats(self) -> int:
         """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
-        wkv, short = self.number("wkv.head_size"), self.number("shortconv.l_cache")
+        wkv = self.number("wkv.head_size")
         if wkv:
-            return self.embd * (self.number("token_shift_count", 2) + wkv)
+            shifted = self.number("token_shift_count", 2)
+            return self.embd * (shifted + wkv)
+        short = self.number("shortconv.l_cache")
         if short:
             return self.embd * (short - 1)
-        conv, size = self.number("ssm.conv_kernel"), self.number("kda.head_dim")
+        conv = self.number("ssm.conv_kernel")
+        size = self.number("kda.head_dim")
         if size:
-            return (3 * (conv or 4) - 3 + size) * size * max(self.heads)
+            inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
+            return (inputs + size) * size * max(self.heads)
         inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
         group = self.number("ssm.group_count")
-        return (max(conv, 1) - 1) * (inner + 2 * group * state) + state * inner
+        inputs = max(conv, 1) - 1
+        return inputs * (inner + 2 * group * state) + state * inner
 
 
 class _CacheLayer(NamedTuple):
@@ -3746,7 +3802,8 @@ def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]
     """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
     cells = _pad(ctx_size)
     _, window = layers.slides()
-    return cells, _pad(min(cells, window * load.slots + min(load.ubatch, cells)))
+    sliding = window * load.slots + min(load.ubatch, cells)
+    return cells, _pad(min(cells, sliding))
 
 
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
@@ -3754,16 +3811,21 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
     cells, sliding = _cells(layers, ctx_size, load)
     kept = layers.count
     kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
+    # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
     found = []
-    for i in range(kept):
-        heads = layers.kv_heads[i]
-        if heads and (not recurs[i] or layers.arch == "falcon-h1"):
-            suffix = "_swa" if slides[i] else ""
-            k = layers.number("attention.key_length" + suffix, layers.key) * heads
-            v = layers.number("attention.value_length" + suffix, layers.value) * heads
-            found.append(_CacheLayer(i, sliding if slides[i] else cells, k, v, slides[i]))
+    for layer in range(kept):
+        heads = layers.kv_heads[layer]
+        # A layer has a cache or a state; those of Falcon-H1 have both.
+        if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
+            continue
+        held, suffix = cells, ""
+        if slides[layer]:
+            held, suffix = sliding, "_swa"
+        k = layers.number("attention.key_length" + suffix, layers.key)
+        v = layers.number("attention.value_length" + suffix, layers.value)
+        found.append(_CacheLayer(layer, held, k * heads, v * heads, slides[layer]))
     return found
 
 
@@ -3774,11 +3836,14 @@ def _row_bytes(values: int, cache_type: str) -> int:
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
-    found = _row_bytes(layer.k, load.cache_type_k)
-    found += _row_bytes(layers.number("attention.indexer.key_length"), load.cache_type_k)
+    indexer = layers.number("attention.indexer.key_length")
+    found = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
     if layers.latent:
         return found
-    return found + _row_bytes(layer.v if load.flash_attn else widest_v, load.cache_type_v)
+    v = layer.v
+    if not load.flash_attn:
+        v = widest_v
+    return found + _row_bytes(v, load.cache_type_v)
 
 
 _ON_HOST = -1                                   # a place; others are cards
@@ -3791,11 +3856,13 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
     Source: llama-model.cpp, get_layer_buft_list.
     """
     on_cards = min(load.gpu_layers, count + 1)
-    bounds = [part / sum(load.split) for part in itertools.accumulate(load.split)]
+    whole = sum(load.split)
+    bounds = [part / whole for part in itertools.accumulate(load.split)]
+    last = len(load.cards) - 1
     places = [_ON_HOST] * (count + 1 - on_cards)
     for number in range(on_cards):
-        card = bisect.bisect_right(bounds, number / on_cards)
-        places.append(load.cards[min(card, len(load.cards) - 1)])
+        index = bisect.bisect_right(bounds, number / on_cards)
+        places.append(load.cards[min(index, last)])
     return places
 
 
@@ -3825,8 +3892,10 @@ class _Placing:
     def of_layer(self, name: str) -> int:
         """The place of a tensor of a layer, or of one beside the output."""
         found = _LAYER.match(name)
-        number = int(found.group(1)) if found else len(self.layers)
-        return self.of(name, self.layers[min(number, len(self.layers) - 1)])
+        number = output = len(self.layers) - 1
+        if found:
+            number = int(found.group(1))
+        return self.of(name, self.layers[min(number, output)])
 
 
 def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
@@ -3834,10 +3903,11 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 
     The token embedding is on the host. Where it is the output, too, a card has a second copy.
     """
-    embedding, weights = "token_embd.weight", header.tensor_bytes
+    embedding, output = "token_embd.weight", placing.layers[-1]
+    weights = header.tensor_bytes
     first = placing.of(embedding, _ON_HOST)
     held[first] += header.embd_bytes
-    again = placing.of(embedding, placing.layers[-1])
+    again = placing.of(embedding, output)
     if header.tied and again != first:
         weights += header.embd_bytes
         held[again] += header.embd_bytes
@@ -3846,67 +3916,56 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
         if name != embedding:
             held[placing.of_layer(name)] += size
             rest -= size
-    for place in placing.layers:                # what no tensor is known of
-        held[place] += rest // len(placing.layers)
-    held[placing.layers[-1]] += rest % len(placing.layers)
+    # Published dimensions name few tensors: the others are spread evenly.
+    of_each, left = divmod(rest, len(placing.layers))
+    for place in placing.layers:
+        held[place] += of_each
+    held[output] += left
     return weights
 
 
 _PLAIN_LOAD = LoadOptions()
 
 
-def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
-    """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
+def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
+                 load: LoadOptions) -> Dict[int, int]:
+    """Layer -> bytes of its KV cache."""
+    widest_v = max((cache.v for cache in caches), default=0)
+    return {cache.layer: cache.cells * _cell_bytes(cache, layers, load, widest_v)
+            for cache in caches}
+
+
+def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
+    """One checkpoint of one slot: what a conversation cannot be taken back to without one.
+
+    That is a recurrent state and the sliding windows; models without either make none.
+    """
     layers = _Layers(header)
-    slots, used = load.slots, len(load.cards)
-    caches = _cache_layers(layers, ctx_size, load)
-    widest_v = max((c.v for c in caches), default=0)
-    kv_of = {c.layer: c.cells * _cell_bytes(c, layers, load, widest_v) for c in caches}
-    # A mask for each of the two caches; the GPU gets its copy.
-    tokens = min(load.ubatch, _cells(layers, ctx_size, load)[0])
-    masked = {(c.slides, c.cells) for c in caches}
-    mask = sum(cells for _, cells in masked) * tokens * (2 if load.flash_attn else 4)
-    scores = 0
-    if not load.flash_attn and caches:
-        scores = max(c.cells for c in caches)
-    peak = _layer_floats(header, layers, scores) * tokens * 4
-    if load.cuda and load.flash_attn:
-        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
-    outputs = header.vocab * slots * 4
-    compute = mask + peak + outputs
-    recurs, state = layers.recurs(), layers.state_floats() * 4 * slots
-    kv, recurrent = sum(kv_of.values()), sum(recurs) * state
-    cache = LEAST_CACHE_MIB * MIB + checkpoint_bytes(header, ctx_size, load) * slots
-    if not load.gpu_layers:
-        memory = Memory(header.tensor_bytes, kv, recurrent, compute, 0, cache)
-        return _within_reason(memory)
-    compute = (compute + mask) * used           # each card has its own buffer
-    placing = _Placing(layers.count, load)
-    held = [0] * load.seen + [mask + outputs + cache]
-    weights = _placed_weights(header, placing, held)
-    for layer, place in enumerate(placing.layers[:-1]):
-        held[place] += kv_of.get(layer, 0) + recurs[layer] * state
-    # With all layers on several cards batches overlap, and each has the mask more than once.
-    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
-        compute += used * (PIPELINED_BATCHES - 1) * mask
-    for card in load.cards:
-        held[card] += (compute - mask - outputs) // used
-    context = 0
-    if load.cuda:
-        contexts = [BARE_CONTEXT_BYTES] * load.seen
-        for card in load.cards:
-            contexts[card] = CUDA_CONTEXT_BYTES
-        held = [size + of_it for size, of_it in zip(held, [*contexts, 0])]
-        context = sum(contexts)
-    memory = Memory(weights, kv, recurrent, compute, context, cache, held[_ON_HOST])
-    return _within_reason(memory._replace(each=tuple(held[:_ON_HOST])))
+    of_one_slot = load._replace(slots=1)
+    caches = _cache_layers(layers, ctx_size, of_one_slot)
+    windows = _cache_bytes([cache for cache in caches if cache.slides], layers, load)
+    states = sum(layers.recurs()) * layers.state_floats() * 4
+    return sum(windows.values()) + states
 
 
-def _within_reason(memory: Memory) -> Memory:
-    """Errors: GgufError."""
-    if memory.total > MAX_MODEL_BYTES:
-        raise GgufError("has sizes beyond any reason")
-    return memory
+def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
+    """Values a token takes while the most demanding layer is computed.
+
+    `scores`: those that each head keeps, without flash attention.
+    """
+    experts = max(layers.each("expert_used_count"))
+    own_width = layers.each("feed_forward_length")
+    width = max(layers.each("expert_feed_forward_length", own_width))
+    embd, heads, key = layers.embd, max(layers.heads), layers.key
+    feed_forward = 3 * max(header.widest, experts * width) + 5 * embd
+    mixing = experts * (2 * embd + width) + embd            # of what the experts say
+    attention = 0
+    if scores:
+        kv_heads = max(layers.kv_heads)
+        attention = heads * scores + 4 * embd + 2 * key * (heads + kv_heads)
+    elif layers.latent:
+        attention = heads * (2 * key + layers.number("attention.kv_lora_rank"))
+    return max(feed_forward, mixing, attention)
 
 
 def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadOptions,
@@ -3917,44 +3976,100 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
     """
     k_too = load.cache_type_k not in _FLOATS
     v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    copies = [2 * c.cells * (c.k * k_too + c.v * v_too) for c in caches]
-    beside = 5 * (max(layers.heads) * layers.key + layers.embd) * tokens * 4
-    most = max(copies, default=0)
-    return most + beside if most else 0
+    values = [cache.cells * (cache.k * k_too + cache.v * v_too) for cache in caches]
+    most = 2 * max(values, default=0)
+    if not most:
+        return 0
+    queries = max(layers.heads) * layers.key
+    return most + 5 * (queries + layers.embd) * tokens * 4
 
 
-def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
-    """One checkpoint of one slot: what a conversation cannot be taken back to without one.
+class _Buffers(NamedTuple):
+    """What is computed with, in bytes. Together they are the compute buffer of one device."""
 
-    That is a recurrent state and the sliding windows; models without either make none.
-    """
+    mask: int                                   # which cells each token sees
+    peak: int                                   # the most demanding layer
+    outputs: int                                # the next token's chances, of each slot
+
+
+def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
+             load: LoadOptions, tokens: int) -> _Buffers:
+    """`tokens`: those that are computed together."""
+    # The full cache and the sliding one have a mask each.
+    masked = {(cache.slides, cache.cells) for cache in caches}
+    mask_width = 2 if load.flash_attn else 4
+    mask = sum(cells for _, cells in masked) * tokens * mask_width
+    scores = 0
+    if not load.flash_attn:
+        scores = max((cache.cells for cache in caches), default=0)
+    peak = _layer_floats(header, layers, scores) * tokens * 4
+    if load.cuda and load.flash_attn:
+        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
+    return _Buffers(mask, peak, header.vocab * load.slots * 4)
+
+
+def _context_bytes(load: LoadOptions) -> List[int]:
+    """What CUDA itself takes of each card."""
+    if not load.cuda:
+        return [0] * load.seen
+    contexts = [BARE_CONTEXT_BYTES] * load.seen
+    for card in load.cards:
+        contexts[card] = CUDA_CONTEXT_BYTES
+    return contexts
+
+
+def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _Buffers,
+              layer_bytes: Sequence[int]) -> Memory:
+    """`memory` as it is with layers on cards. `layer_bytes`: cache and state of each layer."""
+    placing = _Placing(len(layer_bytes), load)
+    held = [0] * (load.seen + 1)                # by each card, and behind them by the host
+    weights = _placed_weights(header, placing, held)
+    for place, size in zip(placing.layers, layer_bytes):
+        held[place] += size
+    # Each card has a buffer of its own, and its copy of the host's mask.
+    used = len(load.cards)
+    compute = (sum(buffers) + buffers.mask) * used
+    # With all layers on several cards batches overlap, and each has the mask more than once.
+    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+        compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
+    host_compute = buffers.mask + buffers.outputs
+    held[_ON_HOST] += host_compute + memory.cache
+    for card in load.cards:
+        held[card] += (compute - host_compute) // used
+    contexts = _context_bytes(load)
+    each = tuple(size + context for size, context in zip(held, contexts))
+    return memory._replace(weights=weights, compute=compute, context=sum(contexts),
+                           host=held[_ON_HOST], each=each)
+
+
+def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
+    """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
-    one = load._replace(slots=1)
-    sliding = [c for c in _cache_layers(layers, ctx_size, one) if c.slides]
-    widest_v = max((c.v for c in sliding), default=0)
-    windows = sum(c.cells * _cell_bytes(c, layers, load, widest_v) for c in sliding)
-    return windows + sum(layers.recurs()) * layers.state_floats() * 4
-
-
-def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
-    """Values a token takes while the most demanding layer is computed.
-
-    `scores`: those that each head keeps, without flash attention.
-    """
-    experts = max(layers.each("expert_used_count"))
-    width = max(layers.each("expert_feed_forward_length", layers.each("feed_forward_length")))
-    embd, heads, key = layers.embd, max(layers.heads), layers.key
-    peaks = [3 * max(header.widest, experts * width) + 5 * embd,
-             experts * (2 * embd + width) + embd]
-    if scores:
-        peaks.append(heads * scores + 4 * embd + 2 * key * (heads + max(layers.kv_heads)))
-    elif layers.latent:
-        peaks.append(heads * (2 * key + layers.number("attention.kv_lora_rank")))
-    return max(peaks)
+    caches = _cache_layers(layers, ctx_size, load)
+    kv_of = _cache_bytes(caches, layers, load)
+    state = layers.state_floats() * 4 * load.slots
+    states = [state * recurs for recurs in layers.recurs()]
+    full_cells, _ = _cells(layers, ctx_size, load)
+    buffers = _buffers(header, layers, caches, load, min(load.ubatch, full_cells))
+    checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
+    memory = Memory(
+        weights=header.tensor_bytes,
+        kv=sum(kv_of.values()),
+        recurrent=sum(states),
+        compute=sum(buffers),
+        cache=LEAST_CACHE_MIB * MIB + checkpoints,
+    )
+    if load.gpu_layers:
+        layer_bytes = [kv_of.get(layer, 0) + size for layer, size in enumerate(states)]
+        memory = _on_cards(memory, header, load, buffers, layer_bytes)
+    if memory.total > MAX_MODEL_BYTES:
+        raise GgufError("has sizes beyond any reason")
+    return memory
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    # More context never takes less memory, so what fits is found by halving.
     low, high = 0, limit // 256
     while low < high:
         middle = (low + high + 1) // 2
@@ -3965,22 +4080,11 @@ def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
     return low * 256
 
 
-FIT_SOURCES = {                                 # what a tier's need is reckoned by
-    "local": "by its file",
-    "hub": "by its header on the hub",
-    "dimensions": "by its published dimensions",
-    "size_gb": "by size_gb x 1.1",
-    "broken": "its file is broken",
-    "unknown": "its size is not known",
-    "hosted": "hosted",
-}
-
-
 class TierFit(NamedTuple):
     """What one tier needs. `need_gb` counts; `memory` says of what, where a header was at hand."""
 
     name: str
-    source: str                                 # a key of FIT_SOURCES
+    source: str                                 # a key of SOURCES in extras/fit.py
     where: str
     need_gb: float                              # of the budget
     fits: bool
@@ -4017,6 +4121,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     def memory_at(ctx: int) -> Memory:
         memory = estimate_memory(header, ctx, load)
         each = list(memory.each)
+        # Which card they go to is llama.cpp's choice; the first is where it begins.
         if each:
             each[load.cards[0]] += beside
         return memory._replace(weights=memory.weights + beside, each=tuple(each))
@@ -4025,22 +4130,28 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         if not machine.host_gb:
             return (memory.total / 1e9,)
         each = memory.each or (0,) * load.seen
-        return tuple(size / 1e9 for size in (*each, memory.total - sum(each)))
+        host = memory.total - sum(each)
+        return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
         return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
 
     memory = memory_at(tier.ctx_size)
     trained = trained_context(_quantity(header.keys.get("context_length")), tier)
-    each_gb, host_gb = needs(memory), 0.0
-    need_gb = sum(each_gb)
+    each_gb = needs(memory)
+    on_cards_gb, host_gb = each_gb, 0.0
     if machine.host_gb:
-        need_gb, host_gb = sum(each_gb[:-1]), each_gb[-1]
+        on_cards_gb, host_gb = each_gb[:-1], each_gb[-1]
     cards: Tuple[int, ...] = ()
     if load.seen > 1 and load.gpu_layers:
         cards = load.cards
     return TierFit(
-        tier.name, source, where, need_gb, fits(tier.ctx_size), tier.ctx_size,
+        name=tier.name,
+        source=source,
+        where=where,
+        need_gb=sum(on_cards_gb),
+        fits=fits(tier.ctx_size),
+        ctx_size=tier.ctx_size,
         largest_ctx=largest_context(trained or tier.ctx_size, fits),
         memory=memory,
         host_gb=host_gb,
@@ -4055,12 +4166,33 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
     """Whether a tier fits the budget of which no more is known than its size."""
     load = load_options(tier, config, machine)
-    each = [0.0] * len(machine.budgets_gb)
+    by_memory = [0.0] * len(machine.budgets_gb)
+    whole = sum(load.split)
     for card, part in zip(load.cards, load.split):
-        each[card] = need_gb * part / sum(load.split)
-    fits = fits_together([tuple(each)], machine.budgets_gb)
-    source = "size_gb" if need_gb else "unknown"
-    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=tuple(each))
+        by_memory[card] = need_gb * part / whole
+    each_gb = tuple(by_memory)
+    source = "size_gb"
+    if not need_gb:
+        source = "unknown"
+    fits = fits_together([each_gb], machine.budgets_gb)
+    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=each_gb)
+
+
+def _known_experts(header: GgufHeader) -> Dict[str, int]:
+    """The experts of a header without tensors: their part of all that is in its layers."""
+    layers = _Layers(header)
+    width = layers.number("expert_feed_forward_length")
+    experts = 3 * width * layers.number("expert_count")
+    if not experts:
+        return {}
+    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
+    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    in_layers = header.tensor_bytes - header.embd_bytes
+    if not header.tied:                         # the output is as large
+        in_layers -= header.embd_bytes
+    of_all = in_layers * experts // (experts + attention)
+    of_each = of_all // layers.count
+    return {f"blk.{layer}.ffn_up_exps.weight": of_each for layer in range(layers.count)}
 
 
 def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Optional[GgufHeader]:
@@ -4073,44 +4205,54 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
+    # Of two names that the file begins with, the longer one says more.
     row = models[max(names, key=len)]
     keys = row["keys"]
     size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
-    embd_bytes = row["vocab"] * keys["embedding_length"] * 210 // 256
+    block, block_bytes = _GGML_SIZES[_Q6_K]
+    embd_bytes = row["vocab"] * keys["embedding_length"] * block_bytes // block
     query = keys["attention.head_count"] * keys["attention.key_length"]
-    widest = max(keys["feed_forward_length"], query, row.get("widest", 0))
-    header = GgufHeader(row["arch"], keys, row["vocab"], round(size_gb * 1e9), embd_bytes,
-                        row["tied"], widest)
+    header = GgufHeader(
+        arch=row["arch"],
+        keys=keys,
+        vocab=row["vocab"],
+        tensor_bytes=round(size_gb * 1e9),
+        embd_bytes=embd_bytes,
+        tied=row["tied"],
+        widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
+    )
     return header._replace(tensors=_known_experts(header))
 
 
-def _known_experts(header: GgufHeader) -> Dict[str, int]:
-    """The experts of a header without tensors: their part of all that is in its layers."""
-    layers = _Layers(header)
-    wide, count = layers.number("expert_feed_forward_length"), layers.number("expert_count")
-    experts = 3 * wide * count
-    if not experts:
-        return {}
-    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
-    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
-    in_layers = header.tensor_bytes - header.embd_bytes * (1 if header.tied else 2)
-    each = in_layers * experts // (experts + attention) // layers.count
-    return {f"blk.{layer}.ffn_up_exps.weight": each for layer in range(layers.count)}
+def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
+    """`part_gb` is free beyond the least, which the tier's need has in it."""
+    free_mb = max(0.0, part_gb * 1000)
+    checkpoints = -1
+    if fit.checkpoint_mb:
+        of_all_slots_mb = fit.checkpoint_mb * fit.slots
+        more = int(free_mb / 2 / of_all_slots_mb)           # half of the room is for prompts
+        checkpoints = min(MOST_CHECKPOINTS, 1 + more)
+        free_mb -= (checkpoints - 1) * of_all_slots_mb
+    cache_mib = LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB)
+    return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
 
 
-def fit_sets(config: Config, fits: Sequence[TierFit],
-             budgets_gb: Needs = ()) -> List[Tuple[Tuple[str, ...], float]]:
-    """Every set of the matrix, whether or not it fits, with what it needs in GB.
-
-    With a budget, the sets that grow within it follow.
-    """
-    need = {f.name: f.need_gb for f in fits}
-    needs = {f.name: f.needs for f in fits}
-    sets = [s.tiers for s in residency_sets(config)]
-    known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
-    grown = [s.tiers for s in residency_sets(known, needs, budgets_gb)] if budgets_gb else []
-    sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
-    return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
+def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
+    """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
+    # Prompts and checkpoints are kept in the host's memory, wherever the model is.
+    limit_gb, taken_gb = machine.budget_gb, {fit.name: fit.need_gb for fit in fits}
+    if machine.host_gb:
+        limit_gb, taken_gb = machine.host_gb, {fit.name: fit.host_gb for fit in fits}
+    chats = {tier.name for tier in config.tiers if tier.chats}
+    needs = {fit.name: fit.needs for fit in fits}
+    parts_gb: Dict[str, float] = {}
+    for together in residency_sets(config, needs, machine.budgets_gb):
+        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
+        sharing = chats.intersection(together.tiers)
+        for name in sharing:
+            part_gb = left_gb / len(sharing)
+            parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
+    return parts_gb
 
 
 def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Config:
@@ -4121,39 +4263,30 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     conversation get none.
     """
     by_name = {f.name: f for f in fits if f.source != "hosted"}
-    chats = {t.name for t in config.tiers if t.chats}
-    limit_gb, taken = machine.budget_gb, {name: f.need_gb for name, f in by_name.items()}
-    if machine.host_gb:
-        limit_gb, taken = machine.host_gb, {name: f.host_gb for name, f in by_name.items()}
-    sets = residency_sets(config, {name: f.needs for name, f in by_name.items()},
-                          machine.budgets_gb)
+    parts_gb = _cache_parts_gb(config, list(by_name.values()), machine)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
         if tier.chats and fit is not None and any(fit.needs):
-            parts = [(limit_gb - sum(taken.get(t, 0.0) for t in s.tiers)) / len(chats & {*s.tiers})
-                     for s in sets if tier.name in s.tiers]
-            tier = _with_cache(tier, fit, min(parts, default=0.0))
+            tier = _with_cache(tier, fit, parts_gb.get(tier.name, 0.0))
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
 
 
-def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
-    """`part_gb` is free beyond the least, which the tier's need has in it."""
-    free_mb = max(0.0, part_gb * 1000)
-    checkpoints = -1
-    if fit.checkpoint_mb:
-        of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        checkpoints = min(MOST_CHECKPOINTS, 1 + int(free_mb / 2 / of_all_slots_mb))
-        free_mb -= (checkpoints - 1) * of_all_slots_mb
-    mib = min(MOST_CACHE_MIB, LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB))
-    return tier._replace(cache_ram_mib=mib, ctx_checkpoints=checkpoints)
-
-
-def cache_mib(tier: Tier, fit: TierFit) -> int:
+def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
-    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots * fit.checkpoint_mb * 1e6 / MIB
-    return max(0, tier.cache_ram_mib) + round(checkpoints)
+    checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
+    checkpoints_mib = checkpoints * fit.checkpoint_mb * 1e6 / MIB
+    return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
+
+
+def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
+    """`config` with no tier above what its server holds: tier -> tokens, 0: not known."""
+    tiers = []
+    for tier in config.tiers:
+        most = served.get(tier.name) or tier.ctx_size
+        tiers.append(tier._replace(ctx_size=min(tier.ctx_size, most)))
+    return config._replace(tiers=tuple(tiers))
 
 
 def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
@@ -4161,20 +4294,8 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
 
     `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
     """
-    tiers = []
-    for tier in config.tiers:
-        most = trained_context(trained.get(tier.name, 0), tier)
-        if most:
-            tier = tier._replace(ctx_size=min(tier.ctx_size, most))
-        tiers.append(tier)
-    return config._replace(tiers=tuple(tiers))
-
-
-def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
-    """`config` with no tier above what its running server holds: tier -> tokens a conversation."""
-    tiers = [tier._replace(ctx_size=min(tier.ctx_size, served.get(tier.name) or tier.ctx_size))
-             for tier in config.tiers]
-    return config._replace(tiers=tuple(tiers))
+    most = {tier.name: trained_context(trained.get(tier.name, 0), tier) for tier in config.tiers}
+    return with_served_contexts(config, most)
 
 
 class MemoryState(NamedTuple):
@@ -5764,11 +5885,18 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     files, beside = row.get("files"), row.get("beside")
     if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
         return None
-    tier, label, repo = (str(row.get(key)) for key in ("tier", "label", "repo"))
-    job = Job(tier, label, repo, tuple(map(str, files)), tuple(map(str, beside)))
-    if not _NAME.match(tier) or label not in ("current", "next") or not _REPO.match(repo):
+    job = Job(
+        tier=str(row.get("tier")),
+        label=str(row.get("label")),
+        repo=str(row.get("repo")),
+        files=tuple(map(str, files)),
+        beside=tuple(map(str, beside)),
+    )
+    if not _NAME.match(job.tier) or not _REPO.match(job.repo):
         return None
-    if not files or not all(map(_HUB_PATH.match, job.files + job.beside)):
+    if job.label not in ("current", "next") or not job.files:
+        return None
+    if not all(map(_HUB_PATH.match, job.files + job.beside)):
         return None
     return job
 
@@ -5780,83 +5908,13 @@ MAX_PARTS = 1000
 def split_parts(file: str) -> Tuple[str, ...]:
     """All the files of a split GGUF, named by any of them; the file itself where it is whole."""
     match = _SPLIT.match(file)
-    if match is None or not 0 < int(match.group(3)) <= MAX_PARTS:
+    if match is None:
         return (file,)
     stem, _, count = match.groups()
+    if not 0 < int(count) <= MAX_PARTS:
+        return (file,)
     numbers = range(1, int(count) + 1)
     return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
-
-
-def named_tiers(config: Config, names: Sequence[str]) -> List[Tier]:
-    """The tiers of these names, in the configuration's order. Errors: UserError for no tier's."""
-    known = [name for tier in config.tiers for name in tier.names]
-    asked = set()
-    for name in names:
-        tier = config.by_name(name)
-        if tier is None:
-            raise UserError(f"there is no tier {name} in models.ini{_did_you_mean(name, known)}",
-                            "its tiers are " + ", ".join(t.name for t in config.tiers), 2)
-        asked.add(tier.name)
-    return [tier for tier in config.tiers if tier.name in asked]
-
-
-# Repository -> files of it, each once, in the order in which they are wanted.
-_RepoFiles = Dict[str, Dict[str, None]]
-
-
-def _tier_files(tier: Tier) -> _RepoFiles:
-    """What a local tier needs of the hub on its channel; its model's repository is the first."""
-    weights = weights_for(tier)
-    wanted: _RepoFiles = {}
-    for repo, file in [(weights.repo, weights.file), *hub_files(tier)]:
-        if repo:
-            parts = dict.fromkeys(split_parts(file))
-            wanted.setdefault(repo, {}).update(parts)
-    return wanted
-
-
-def _project_files(config: Config) -> _RepoFiles:
-    """What all tiers need, on either channel."""
-    wanted: _RepoFiles = {}
-    for tier in local_tiers(config):
-        for channel in ("current", "next"):
-            for repo, files in _tier_files(tier.on_channel(channel)).items():
-                wanted.setdefault(repo, {}).update(files)
-    return wanted
-
-
-def _tier_jobs(tier: Tier, label: str, wanted: _RepoFiles) -> List[Job]:
-    """A tier's model with what it needs of the same repository, then what it needs of others."""
-    jobs: List[Job] = []
-    for repo, files in _tier_files(tier.on_channel(label)).items():
-        beside = tuple(file for file in wanted[repo] if file not in files)
-        suffix = f".more{len(jobs)}" if jobs else ""
-        jobs.append(Job(tier.name + suffix, label, repo, tuple(files), beside))
-    return jobs
-
-
-def plan_downloads(config: Config, names: Sequence[str],
-                   labels: Sequence[str]) -> Tuple[List[Job], List[str]]:
-    """(what to fetch, why the other tiers are left out): every current file first, then the queued.
-
-    `names` are tiers or aliases, all tiers when empty. Errors: UserError for a name that is none.
-    """
-    tiers = list(config.tiers)
-    if names:
-        tiers = named_tiers(config, names)
-    wanted = _project_files(config)
-    jobs: List[Job] = []
-    skipped: List[str] = []
-    for label in labels:
-        for tier in tiers:
-            weights = weights_for(tier.on_channel(label))
-            if tier.backend != "gguf":
-                skipped.append(f"{tier.name} is hosted, so there is nothing to fetch")
-            elif weights.path:
-                skipped.append(f"{tier.name} is on this disk already: {weights.path}")
-            elif weights.channel == label:
-                jobs += _tier_jobs(tier, label, wanted)
-    return jobs, list(dict.fromkeys(skipped))
 
 
 # ==================================================================================================
@@ -6482,15 +6540,15 @@ def hook_parts(env: Mapping[str, str]) -> Tuple[str, str, str]:
     return level, shell, project
 
 
-def hook_of(env: Mapping[str, str]) -> Tuple[str, str]:
-    """(shell, its project) of the hook that is active in the very shell we were started from.
+def hooked_shell(env: Mapping[str, str]) -> str:
+    """The shell whose hook is active where we were started from, "" for none.
 
-    ("", "") for none. Another level means that a shell without the hook stands between.
+    Another level means that a shell without the hook stands between.
     """
-    level, shell, project = hook_parts(env)
+    level, shell, _ = hook_parts(env)
     if shell in SHELLS and level == env.get("SHLVL", ""):
-        return shell, project
-    return "", ""
+        return shell
+    return ""
 
 
 def is_live_terminal() -> bool:
@@ -6531,7 +6589,7 @@ def write_out(text: str) -> None:
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
     env, typed = os.environ, sys.argv[0]
-    if env.get("LLMSTACK_ACTIVE") or hook_of(env)[0] or find_program("llmstack" + EXE):
+    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env) or find_program("llmstack" + EXE):
         return "llmstack"
     if os.path.abspath(typed) != PROGRAM:
         return "llmstack"
@@ -11480,8 +11538,24 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
 # ==================================================================================================
 # LLAMA-SERVER
 # ==================================================================================================
-# Which programs the engines run, and what a llama-server says of itself: the flags it refuses, its
-# devices, its build. It is run for that and for nothing else; loading models is ENGINE's.
+# Which programs the engines run, and what a llama-server says of itself: the flags it refuses and
+# its build. It is run for that and for nothing else; loading models is ENGINE's.
+
+
+def digest_of(*facts: str) -> str:
+    """24 hexadecimal digits that tell these facts from any others."""
+    import hashlib
+    text = "\0".join(facts)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+
+
+def build_stamp(program: Sequence[str]) -> str:
+    """Names one build of a program: path, size and time of change, and the stand-in's pin."""
+    status = os.stat(program[0])
+    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    if len(program) > 1:
+        stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
+    return stamp
 
 
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
@@ -11492,7 +11566,9 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
     own = config.settings.get("llama_server_bin", "")
     named = own or env.get("LLAMA_SERVER_BIN", "")
     if named:
-        found = find_program(named, ()) if os.path.basename(named) == named else _expand(named)
+        found = _expand(named)
+        if os.path.basename(named) == named:
+            found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
             where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here",
@@ -11515,88 +11591,83 @@ def bin_dir(env: Mapping[str, str], data: str) -> str:
 
 def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     """The llama-swap binary: $LLMSTACK_BIN_DIR, the data directory, PATH; "" when there is none."""
-    ours = os.path.join(bin_dir(env, data), "llama-swap" + EXE)
-    return ours if os.access(ours, os.X_OK) else find_program("llama-swap" + EXE)
+    name = "llama-swap" + EXE
+    ours = os.path.join(bin_dir(env, data), name)
+    if os.access(ours, os.X_OK):
+        return ours
+    return find_program(name)
 
 
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
 OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
+MAX_PROBED_BUILDS = 8                           # whose answers are kept
 _BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
+
+
+def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bool:
+    """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
+    import subprocess
+    words = [word for flag in flags for word in flag]
+    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    try:
+        ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
+    except (OSError, subprocess.SubprocessError) as exc:
+        raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
+    return ended.returncode == 0
+
+
+def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) -> Set[str]:
+    """The names of those that a llama-server refuses, of replacements too. Errors: UserError.
+
+    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
+    drop flags, so all are tried together first, and one by one only where that fails.
+    """
+    takes = functools.partial(_takes_flags, program)
+    if not takes(()):
+        raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
+    if takes(groups.values()):
+        return set()
+    replacements = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
+    # The usual case takes three runs, not one a flag.
+    if takes(replacements.get(name, flag) for name, flag in groups.items()):
+        return {name for name in replacements if not takes([groups[name]])}
+    refused = {name for name, flag in groups.items() if not takes([flag])}
+    for name, other in replacements.items():
+        if name in refused and not takes([other]):
+            refused.add(other[0])
+    return refused
 
 
 def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[str]:
     """Which of the flags we would use the installed llama-server refuses; asked once per binary.
 
-    `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
-    drop flags, so all are tried together first, and one by one only where that fails.
+    Errors: UserError, where there is none, too: it may go while a daemon runs.
     """
-    import subprocess
-
-    flags = [*common_flags(config), *(f for t in local_tiers(config) for f in all_flags(t, config))]
-    groups = {flag[0]: flag for flag in flags}
+    if not program:
+        raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    flags = common_flags(config)
+    for tier in local_tiers(config):
+        flags += all_flags(tier, config)
     if config.park_gb:
-        groups["--slot-save-path"] = ("--slot-save-path", data)
-    alternatives = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
+        flags.append(("--slot-save-path", data))
+    groups = {flag[0]: flag for flag in flags}
     try:
         stamp = build_stamp(program)
     except OSError as exc:
         raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     cache_path = os.path.join(data, "flags.json")
     cache = _read_json(cache_path)
-    known = cache.get(stamp, {})
-    values = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
-    if isinstance(known, dict) and known.get("asked") == values:
+    known = dict_of(cache.get(stamp))
+    asked = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
+    if known.get("asked") == asked:
         return frozenset(known["refused"])
-
-    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-
-    def takes(flags: Iterable[Tuple[str, ...]]) -> bool:
-        words = [word for flag in flags for word in flag]
-        try:
-            ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
-        except (OSError, subprocess.SubprocessError) as exc:
-            raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
-        return ended.returncode == 0
-
-    if not takes(()):
-        raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
-    refused: Set[str] = set()
-    swapped = [alternatives.get(name, flag) for name, flag in groups.items()]
-    if takes(groups.values()):
-        pass
-    elif takes(swapped):                        # the usual case: three runs, not one a flag
-        refused = {name for name in alternatives if not takes([groups[name]])}
-    else:
-        refused = {name for name, flag in groups.items() if not takes([flag])}
-        for name, other in alternatives.items():
-            if name in refused and not takes([other]):
-                refused.add(other[0])
-    others = {key: value for key, value in list(cache.items())[:7] if key != stamp}
-    cache = {stamp: {"asked": values, "refused": sorted(refused)}, **others}
-    write_atomic(cache_path, json.dumps(cache, indent=1))
+    refused = _ask_flags(program, groups)
+    others = [key for key in cache if key != stamp][:MAX_PROBED_BUILDS - 1]
+    rows = {stamp: {"asked": asked, "refused": sorted(refused)}}
+    rows.update((key, cache[key]) for key in others)
+    write_atomic(cache_path, json.dumps(rows, indent=1))
     return frozenset(refused)
-
-
-class Device(NamedTuple):
-    """What llama-server can load layers on; MiB."""
-
-    name: str                                   # as `device` of models.ini names it
-    description: str
-    total_mib: int
-    free_mib: int
-
-
-_DEVICE = re.compile(r"\s+([\w.:-]+): (.+) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*\Z")
-
-
-def parse_devices(text: str) -> List[Device]:
-    """What `llama-server --list-devices` prints. Source: arg.cpp, b11669."""
-    found = filter(None, map(_DEVICE.match, text.splitlines()))
-    return [Device(m.group(1), m.group(2), int(m.group(3)), int(m.group(4))) for m in found]
-
-
-def list_devices(program: Sequence[str]) -> List[Device]:
-    """The devices of a llama-server; none where it has none, or is too old to say."""
-    return parse_devices(program_output([*program, "--list-devices"])) if program else []
 
 
 def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str]:
@@ -11612,23 +11683,18 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     return notes
 
 
-def build_stamp(program: Sequence[str]) -> str:
-    """Names one build of a program: path, size and time of change, and the stand-in's pin."""
-    status = os.stat(program[0])
-    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
-    if len(program) > 1:
-        stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
-    return stamp
-
-
 # ==================================================================================================
 # FIT
 # ==================================================================================================
 # The hub, its cache on this disk, and what each tier takes by the header of its file in either.
 # Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
+# Nothing is fetched here but headers; extras/download.py brings files.
+#
+# Behind that stands what use has taught of a tier: whether drafting pays, and what `probe` has
+# measured. Either is kept under a name for machine, weights, build and flags together, so it ends
+# with what it was measured of.
 
 
-MAX_API_BYTES = 64 << 20                        # of an answer of the hub's API
 _CACHE_VARIABLES = (                            # the first that is set, and the place below it
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
@@ -11761,38 +11827,6 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
         raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
 
 
-def hub_api(path: str, env: Mapping[str, str], form: Optional[Mapping[str, Any]] = None) -> Any:
-    """A JSON answer of the hub's API. Errors: UserError where it cannot be had; HTTPError."""
-    import urllib.error
-    from http.client import HTTPException
-    from urllib.parse import urlencode
-    token, endpoint = hub_token(env), hub_endpoint(env)
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    data = urlencode(form, doseq=True).encode() if form else None
-    try:
-        with open_url(f"{endpoint}/api/models/{path}", headers, "the model hub", data) as answer:
-            return json.loads(answer.read(MAX_API_BYTES).decode("utf-8", "replace"))
-    except urllib.error.HTTPError:
-        raise
-    except (ValueError, RecursionError, HTTPException, OSError) as exc:
-        raise UserError(f"{endpoint} does not answer like a model hub: {exc}",
-                        "see HF_ENDPOINT") from None
-
-
-def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
-    """`; it has ...` with the names in a repository that are nearest to one it does not have."""
-    import difflib
-    try:
-        rows = hub_api(f"{repo}/tree/main?recursive=true", env)
-        names = [row["path"] for row in rows if row["path"].endswith(".gguf")]
-    except (UserError, OSError, LookupError, TypeError, AttributeError):
-        return ""
-    near = difflib.get_close_matches(file, names, 3, 0.4) or names[:3]
-    if not near:
-        return "; it has no GGUF file at all"
-    return f"; it has {visible(', '.join(near))}"
-
-
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
     # A pipe in its place would keep a start waiting.
@@ -11858,12 +11892,13 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
         url, held = hub_url(weights.repo, name, env), bytearray()
 
         def read(offset: int, count: int) -> bytes:
-            while len(held) < offset + count <= MAX_GGUF_HEADER_BYTES:
+            end = offset + count
+            while len(held) < end <= MAX_GGUF_HEADER_BYTES:
                 more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
                 held.extend(more)
-            return bytes(held[offset:offset + count])
+            return bytes(held[offset:end])
 
         return parse_gguf_header(read)
 
@@ -11933,7 +11968,9 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
     tier = with_files(tier, find)
     settings = {key: value for key, value in tier.server if value not in ("", ())}
     if settings.get("speculative") == "auto" and "draft" not in settings:
-        settings["speculative"] = "mtp" if _predicts_tokens(model) else "off"
+        settings["speculative"] = "off"
+        if _predicts_tokens(model):
+            settings["speculative"] = "mtp"
     return tier._replace(server=tuple(settings.items()))
 
 
@@ -11945,26 +11982,25 @@ def known_models() -> Dict[str, Any]:
         return {}
 
 
-def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights, path: str,
-                  url: str) -> TierFit:
+def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: str,
+                  env: Mapping[str, str]) -> TierFit:
     """What a tier takes by the best that is known: its file, the hub's, its dimensions, its size.
 
     Errors: Unreachable.
     """
-    where, note = path or url, ""
+    weights, where, note = weights_for(tier), path or url, ""
+    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
+    by_size = fit_by_size(tier, config, machine, need_gb)._replace(where=where)
     try:
         if path:
-            beside = beside_bytes(tier, config, machine, path, os.environ)
+            beside = beside_bytes(tier, config, machine, path, env)
             return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
         if url:
-            header = hub_header(weights, os.environ)
-            return fit_tier(tier, config, machine, header, "hub", url)
+            return fit_tier(tier, config, machine, hub_header(weights, env), "hub", url)
     except GgufError as exc:
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
-            need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-            fit = fit_by_size(tier, config, machine, need_gb)
-            return fit._replace(source="broken", where=path, fits=False, note=note)
+            return by_size._replace(source="broken", fits=False, note=note)
     except Unreachable:
         raise
     except OSError as exc:
@@ -11972,8 +12008,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, weights: Weights
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
         return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
-    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    return fit_by_size(tier, config, machine, need_gb)._replace(where=where, note=note)
+    return by_size._replace(note=note)
 
 
 def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
@@ -11990,13 +12025,13 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
         if hub and weights.repo and not path:
             url = hub_url(weights.repo, weights.file, env)
         try:
-            fit = _measure_tier(tier, config, machine, weights, path, url)
+            fit = _measure_tier(tier, config, machine, path, url, env)
         except Unreachable as exc:              # no further tier is asked for
             note, hub = str(exc), False
-            fit = _measure_tier(tier, config, machine, weights, path, "")
+            fit = _measure_tier(tier, config, machine, path, "", env)
         fits.append(fit._replace(note=fit.note or note))
     caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
-    return [f._replace(cache_mib=cache_mib(caches[f.name], f)) for f in fits]
+    return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
 
 
 def _trained_for(path: str) -> int:
@@ -12034,91 +12069,16 @@ def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[
     return found
 
 
-def true_config(config: Config, places: Places,
-                warn: Optional[Callable[[str], None]] = None) -> Config:
-    """`config` with the contexts that its models really have; what that takes away is warned of."""
-    trained = trained_contexts(config, os.environ, places.data)
-    true = with_true_contexts(config, trained)
-    for before, after in zip(config.tiers, true.tiers):
-        if warn and before != after:
-            at = ini_line(places, before.name, "ctx_size")
-            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
-                 f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data))
-
-
-class Trial:
-    """A llama-server of our own for one tier, up for as long as its block runs.
-
-    Errors, at the block's beginning: UserError where the tier does not load.
-    """
-
-    def __init__(self, tier: Tier, config: Config, places: Places, env: Mapping[str, str]) -> None:
-        self.tier, self.config = tier, config
-        self.log = places.log(f"{tier.name}.log")
-        self.loaded_s = 0.0
-        self.process: Any = None
-        self.command: List[str] = []
-        self._places, self._env = places, env
-        # Any free port: two trials that look for the next one in the same moment get the same,
-        # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
-        self._upstream = Upstream("127.0.0.1", free_port("127.0.0.1"))
-        self._upstream.key = os.urandom(16).hex()
-
-    def __enter__(self) -> Trial:
-        data, env = self._places.data, self._env
-        program = find_llama_server(tier_config(self.config, self.tier), env, data)
-        if not program:
-            raise UserError("there is no llama-server on this machine",
-                            "install llama.cpp, or run `llmstack setup`")
-        refused = probe_flags(program, self.config, data)
-        tier = ready_tier(self.tier, env)
-        self.command = server_command(program, tier, self.config, self._upstream.port, refused)
-        own = {**without_credentials(env), "LLMSTACK_API_KEY": "",
-               "LLAMA_API_KEY": self._upstream.key,
-               STACK_VARIABLE: new_mark(self._places.project)}
-        began = time.monotonic()
-        self.process = spawn(self.command, self.log, own)
-        try:
-            while not self._is_up():
-                if self.process.poll() is not None or time.monotonic() > began + LOAD_TIMEOUT_S:
-                    raise UserError(f"{tier.name} does not load:\n{tail_of(self.log)}",
-                                    f"see {self.log}; `llmstack check` looks at its file")
-                time.sleep(0.05)
-        except BaseException:
-            self._end()
-            raise
-        self.loaded_s = time.monotonic() - began
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        pid = self.process.pid
-        stop_process(pid, process_started(pid), STOP_GRACE_S, self.process.poll)
-        self.process.wait()
-
-    def _is_up(self) -> bool:
-        try:
-            return self._upstream.get("/health", 5.0)[0].status == 200
-        except (OSError, ValueError):
-            return False
-
-    def ask(self, path: str, body: Optional[Mapping[str, Any]] = None,
-            timeout_s: float = 10) -> Tuple[int, Dict[str, Any]]:
-        """(status, answer) of its server. Errors: OSError, ValueError."""
-        method, data = "GET", b""
-        if body is not None:
-            method, data = "POST", json.dumps(body).encode()
-        response, said = self._upstream.get(path, timeout_s, method, JSON_LINE, body=data)
-        return response.status, parse_json_object(said)
-
-
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
 MAX_PROBES = 64                                 # measurements that are kept
+
+
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
+    others = [(name, other) for name, other in rows.items() if name != identity]
+    return dict([*others[1 - MAX_PROBES:], (identity, row)])
 
 
 class Drafting(NamedTuple):
@@ -12154,11 +12114,14 @@ class Drafting(NamedTuple):
         """With one more answer, by its row of the record."""
         tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
         if not drafts:
-            return self._replace(without_tokens=self.without_tokens + tokens,
-                                 without_ms=self.without_ms + ms)
-        return self._replace(with_tokens=self.with_tokens + tokens, with_ms=self.with_ms + ms,
-                             drafted=self.drafted + row.get("drafted", 0),
-                             accepted=self.accepted + row.get("accepted", 0))
+            return self._replace(
+                without_tokens=self.without_tokens + tokens,
+                without_ms=self.without_ms + ms)
+        return self._replace(
+            with_tokens=self.with_tokens + tokens,
+            with_ms=self.with_ms + ms,
+            drafted=self.drafted + row.get("drafted", 0),
+            accepted=self.accepted + row.get("accepted", 0))
 
 
 def drafting_words(found: Drafting, drafts: bool) -> str:
@@ -12194,22 +12157,23 @@ class Drafts:
     """Chooses at each load whether a tier drafts, and learns from its answers. Thread-safe."""
 
     def __init__(self, data: str, log: Log) -> None:
-        self._path, self._log = os.path.join(data, "drafting.json"), log
+        self._path = os.path.join(data, "drafting.json")
+        self._log = log
         self._lock = threading.Lock()
         self._running: Dict[str, Tuple[str, bool]] = {}     # tier -> (identity, does it draft)
-        self._rows = {name: row for name, row in _read_json(self._path).items()
-                      if isinstance(row, list)}
+        self._rows = _read_json(self._path)
 
     def _found(self, identity: str) -> Drafting:
         """Whoever holds the lock asks."""
-        row = self._rows.get(identity, [])
-        if len(row) != len(Drafting._fields):
+        row = self._rows.get(identity)
+        if not isinstance(row, list) or len(row) != len(Drafting._fields):
             return Drafting()
         return Drafting(*map(_quantity, row))
 
     def choose(self, asked: Tier, ready: Tier, identity: str) -> Tier:
         """`ready` as it is to be loaded now."""
         with self._lock:
+            # What the server before this one answers no longer counts.
             self._running.pop(asked.name, None)
             if not identity or not drafts_by_itself(asked, ready):
                 return ready
@@ -12219,7 +12183,8 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        if row["ended"] != "done" or not row.get("output") or not row.get("per_s"):
+        is_whole = row["ended"] == "done" and row.get("output")
+        if not is_whole or not row.get("per_s"):
             return
         with self._lock:
             identity, drafts = self._running.get(row["tier"], ("", False))
@@ -12227,9 +12192,7 @@ class Drafts:
             if not identity or found.settled:
                 return
             found = found.learn(drafts, row)
-            self._rows.pop(identity, None)
-            kept = dict(list(self._rows.items())[1 - MAX_PROBES:])
-            self._rows = {**kept, identity: list(found)}
+            self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
             self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
@@ -12247,13 +12210,13 @@ class Drafts:
 
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
 
+
 def probes_file(data: str) -> str:
     return os.path.join(data, "probes.json")
 
 
 def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
-    import hashlib
     tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier), env)
     try:
@@ -12261,12 +12224,17 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
         if not (path and program):
             return ""
         status = os.stat(path)
-        facts = [socket.gethostname(), build_stamp(program), os.path.realpath(path),
-                 str(status.st_size), str(status.st_mtime_ns)]
+        facts = [
+            socket.gethostname(),
+            build_stamp(program),
+            os.path.realpath(path),
+            str(status.st_size),
+            str(status.st_mtime_ns),
+        ]
     except (OSError, UserError):
         return ""
-    facts += [" ".join(flag) for flag in all_flags(tier, config)]
-    return hashlib.sha256("\0".join(facts).encode("utf-8", "replace")).hexdigest()[:24]
+    flags = [" ".join(flag) for flag in all_flags(tier, config)]
+    return digest_of(*facts, *flags)
 
 
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
@@ -12282,20 +12250,17 @@ def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
     return found
 
 
-def keep_probe(data: str, identity: str, row: Mapping[str, Any]) -> None:
-    """Keep what was found of a tier. Errors: UserError."""
-    rows = _read_json(probes_file(data))
-    rows.pop(identity, None)
-    kept = dict(list(rows.items())[1 - MAX_PROBES:])
-    write_atomic(probes_file(data), json.dumps({**kept, identity: row}, indent=1))
-
-
-def probe_problems(config: Config, places: Places) -> List[str]:
-    """What a probe has found that keeps a tier from working, a line each."""
-    probes = known_probes(true_config(config, places), os.environ, places.data)
-    errors = {name: row.get("template_error") for name, row in probes.items()}
-    return [f"{name}: its template does not compile: {visible(error)}"
-            for name, error in errors.items() if isinstance(error, str) and error]
+def true_config(config: Config, places: Places,
+                warn: Optional[Callable[[str], None]] = None) -> Config:
+    """`config` with the contexts that its models really have; what that takes away is warned of."""
+    trained = trained_contexts(config, os.environ, places.data)
+    true = with_true_contexts(config, trained)
+    for before, after in zip(config.tiers, true.tiers):
+        if warn and before != after:
+            at = ini_line(places, before.name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+                 f" trained for; {after.ctx_size:,} counts")
+    return with_probes(true, known_probes(true, os.environ, places.data))
 
 
 # ==================================================================================================
@@ -12617,6 +12582,16 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # so that no conversation is read twice. <data>/parked/ has IDENTITY-N.kv, written by llama-server,
 # IDENTITY-N.json beside each, and IDENTITY.off for a model that ignores what is restored.
 #
+# The life of a conversation: an answer to it is noted, and its request kept as a Talk where reading
+# it again would take longer than park_after_s (Bay.note). Before its server stops, and every
+# park_every_min of use, its slot is saved under a number that may be another slot's (Numbers); the
+# file counts once it is whole (Parking.keep). The next load restores it (Bay.restore), and its next
+# request shows whether that is of use (Bay._prove). It goes as it is saved anew, as its room is
+# wanted, by `llmstack forget`, or for good where a build ignores it.
+#
+# Bay knows one loaded model, Parking the directory; Bays of several models share it. A Bay asks its
+# server over HTTP, from the engine's threads or one of its own, and never under the engine's lock.
+#
 # A save catches slots alone, and all but one are empty (b11549 and b11669, four slots): as a task
 # begins, every idle slot goes to the host's prompt cache. After conversations of 1,414, 414 and 414
 # tokens the slots held 0, 0 and 414. Asking for a prompt again brings it back, 1,410 of its 1,411
@@ -12655,13 +12630,11 @@ def talk_turns(values: Mapping[str, Any]) -> Any:
 
 def beginning(values: Mapping[str, Any], turns: int) -> str:
     """A hash of the first `turns` of a request; "" where it has fewer."""
-    import hashlib
     said = talk_turns(values)
     if not turns or len(said) < turns:
         return ""
     above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    text = json.dumps([above, said[:turns]])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return digest_of(json.dumps([above, said[:turns]]))
 
 
 class Talk(NamedTuple):
@@ -12699,6 +12672,19 @@ class Parked(NamedTuple):
         return bool(self.begins) and beginning(values, self.turns) == self.begins
 
 
+def parse_parked(row: Mapping[str, Any]) -> Parked:
+    """Errors: KeyError, TypeError, ValueError for what is no row of this version."""
+    return Parked(
+        slot=int(row["slot"]),
+        tokens=int(row["tokens"]),
+        edges=str(row["edges"]),
+        turns=int(row["turns"]),
+        begins=str(row["begins"]),
+        prompt=int(row["prompt"]),
+        body_bytes=int(row["body_bytes"]),
+    )
+
+
 def parked_dir(data: str) -> str:
     return os.path.join(data, "parked")
 
@@ -12726,14 +12712,21 @@ def file_edges(path: str) -> str:
 
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
-    import hashlib
     program = command[:command.index("--host")]
     settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
     changed = str(os.stat(weights).st_mtime_ns)
     facts = [build_stamp(program), file_edges(weights), changed, *settings]
-    facts += [word for flag, word in zip(["", *command], command)
-              if flag not in _NOT_IN_KV and word not in _NOT_IN_KV]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
+    for flag, word in zip(["", *command], command):
+        if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
+            facts.append(word)
+    return digest_of(*facts)
+
+
+def _names_in(directory: str) -> List[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
 
 
 def parking_notes(data: str) -> Dict[str, str]:
@@ -12761,22 +12754,9 @@ def forget_parked(data: str) -> int:
     return freed
 
 
-def _names_in(directory: str) -> List[str]:
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
-
-
-def bytes_read(pid: int) -> int:
-    """What a process has read, as Linux counts it; 0 elsewhere."""
-    counted = re.match(r"rchar: ([0-9]+)", read_text(f"/proc/{pid}/io"))
-    return int(counted.group(1)) if counted else 0
-
-
-def bytes_fetched(pid: int) -> int:
-    """What a process has had read from disks; -1 where the system does not say."""
-    found = re.search(r"^read_bytes: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
+def io_bytes(pid: int, count: str) -> int:
+    """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
+    found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
     return int(found.group(1)) if found else -1
 
 
@@ -12816,29 +12796,32 @@ class Speeds:
             return
         with self._lock:
             rows = _read_json(self._path)
-            news = {i: row for i, row in self._rows.items() if i in self._news}
-            older = {identity: row for identity, row in rows.items() if identity not in news}
-            self._rows, self._read_s = {**older, **news}, changed_s
+            for identity in [name for name in self._rows if name in self._news]:
+                rows.pop(identity, None)        # what is news goes behind all others
+                rows[identity] = self._rows[identity]
+            self._rows, self._read_s = rows, changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
-        row = self._rows.get(identity)
-        found = row.get(what) if isinstance(row, dict) else None
-        return float(found) if isinstance(found, (int, float)) and found > 0 else otherwise
+        found = dict_of(self._rows.get(identity)).get(what)
+        if isinstance(found, (int, float)) and found > 0:
+            return float(found)
+        return otherwise
 
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
         known = self.get(identity, what, value)
+        learnt = known + (value - known) / 3
         with self._lock:
-            row = self._rows.pop(identity, None)
-            row = dict(row, model=model) if isinstance(row, dict) else {"model": model}
-            self._rows[identity] = {**row, what: round(known + (value - known) / 3, 2)}
+            row = dict_of(self._rows.pop(identity, None))
+            self._rows[identity] = {**row, "model": model, what: round(learnt, 2)}
             self._news.add(identity)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
         own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        return [*cls.READ_NAMES[own::-1], *cls.READ_NAMES[own + 1:]]
+        shorter, longer = cls.READ_NAMES[own::-1], cls.READ_NAMES[own + 1:]
+        return [*shorter, *longer]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
@@ -12850,7 +12833,8 @@ class Speeds:
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
-        if counts.prompt - counts.cached >= LEAST_READ_TOKENS and counts.read_per_s:
+        read_tokens = counts.prompt - counts.cached
+        if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
             name = self._read_names(counts.prompt)[0]
             self.note(identity, model, name, counts.read_per_s)
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
@@ -12859,7 +12843,7 @@ class Speeds:
     def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
         kind = "load"
-        if bytes_fetched(pid) > file_size(weights) / 2:
+        if io_bytes(pid, "read_bytes") > file_size(weights) / 2:
             kind = "disk"
         self.note(identity, model, kind, load_s)
 
@@ -12874,8 +12858,10 @@ class Speeds:
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
         self._take_in()
-        rows = list(self._rows.items())
-        return next((i for i, row in reversed(rows) if dict_of(row).get("model") == model), "")
+        for identity in reversed(list(self._rows)):
+            if self.model_of(identity) == model:
+                return identity
+        return ""
 
     def keep(self) -> None:
         """Write them down, where there is something new. Errors: UserError."""
@@ -12887,6 +12873,15 @@ class Speeds:
             self._rows = dict(list(self._rows.items())[-self.MOST:])
             write_atomic(self._path, json.dumps(self._rows, indent=1))
             self._read_s = _changed_s(self._path)
+
+
+def _stem_parts(name: str) -> Tuple[str, int]:
+    """IDENTITY-N.kv -> (IDENTITY, N)."""
+    stem = name.rpartition(".")[0]
+    identity, _, number = stem.rpartition("-")
+    if not number.isdigit():
+        return identity, -1
+    return identity, int(number)
 
 
 class Parking:
@@ -12910,6 +12905,9 @@ class Parking:
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
+
+    def slot_path(self, identity: str, slot: int) -> str:
+        return self.path(f"{identity}-{slot}.kv")
 
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
@@ -12942,15 +12940,12 @@ class Parking:
         """
         found = []
         for name in _names_in(self.directory):
-            if name.startswith(identity + "-") and name.endswith(".json"):
-                row = _read_json(self.path(name))
-                try:
-                    found.append(Parked(
-                        int(row["slot"]), int(row["tokens"]), str(row["edges"]),
-                        int(row["turns"]), str(row["begins"]), int(row["prompt"]),
-                        int(row["body_bytes"])))
-                except (KeyError, TypeError, ValueError):       # of another version
-                    _remove(self.path(name))
+            if not name.endswith(".json") or _stem_parts(name)[0] != identity:
+                continue
+            try:
+                found.append(parse_parked(_read_json(self.path(name))))
+            except (KeyError, TypeError, ValueError):           # of another version
+                _remove(self.path(name))
         found.sort(key=lambda parked: parked.tokens, reverse=True)
         return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
 
@@ -12958,17 +12953,19 @@ class Parking:
         """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
         for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
-            model = self.speeds.model_of(identity)
             for parked in self.saved(identity):
-                path = self.path(f"{identity}-{parked.slot}.kv")
-                rows.append({"tier": model, "tokens": parked.tokens, "turns": parked.turns,
-                             "bytes": file_size(path),
-                             "used": round(self.used(identity, parked.slot))})
+                rows.append({
+                    "tier": self.speeds.model_of(identity),
+                    "tokens": parked.tokens,
+                    "turns": parked.turns,
+                    "bytes": file_size(self.slot_path(identity, parked.slot)),
+                    "used": round(self.used(identity, parked.slot)),
+                })
         return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
         try:
-            return file_edges(self.path(f"{identity}-{parked.slot}.kv")) == parked.edges
+            return file_edges(self.slot_path(identity, parked.slot)) == parked.edges
         except OSError:
             return False
 
@@ -12987,10 +12984,7 @@ class Parking:
 
     def used(self, identity: str, slot: int) -> float:
         """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
-        try:
-            return os.stat(self.path(f"{identity}-{slot}.kv")).st_mtime
-        except OSError:
-            return 0.0
+        return _changed_s(self.slot_path(identity, slot))
 
     def make_room(self, more_bytes: float = 0.0) -> bool:
         """Drop the longest unused until the rest fits; False, and none, where it never will."""
@@ -13006,17 +13000,12 @@ class Parking:
             room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
             if more_bytes > room:
                 return False
-            for _, name, size in sorted(files):
-                if total + more_bytes > room:
-                    self.drop(*_stem_parts(name))
-                    total -= size
+            for _, name, size in sorted(files):                 # the longest unused first
+                if total + more_bytes <= room:
+                    break
+                self.drop(*_stem_parts(name))
+                total -= size
         return True
-
-
-def _stem_parts(name: str) -> Tuple[str, int]:
-    """IDENTITY-N.kv -> (IDENTITY, N)."""
-    identity, _, number = name.rpartition(".")[0].rpartition("-")
-    return identity, int(number) if number.isdigit() else -1
 
 
 def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
@@ -13032,9 +13021,18 @@ def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
     if parking is None or not identity:
         return Pace()
-    speeds = parking.speeds
-    per_s, keeps = speeds.reading(identity, tokens), parking.worth(identity, tokens)
-    return Pace(per_s, speeds.load_s(identity), False, keeps and not parking.off(identity))
+    per_s = parking.speeds.reading(identity, tokens)
+    load_s = parking.speeds.load_s(identity)
+    keeps = parking.worth(identity, tokens) and not parking.off(identity)
+    return Pace(per_s, load_s, False, keeps)
+
+
+class Slot(NamedTuple):
+    """A slot of a running llama-server."""
+
+    number: int
+    tokens: int                                 # that it holds
+    is_busy: bool
 
 
 class Numbers:
@@ -13053,15 +13051,18 @@ class Numbers:
         The file of its slot may hold another conversation, which was restored there and has left
         for the host's cache as this one was asked.
         """
-        values = parse_json_object(talk.body)
-        kept = [parked for parked in self._saved if parked.slot in self.left()]
-        own = [parked.slot for parked in kept if parked.goes_on_in(values)]
+        values, left = parse_json_object(talk.body), self.left()
+        kept = [parked for parked in self._saved if parked.slot in left]
+        for parked in kept:
+            if parked.goes_on_in(values):
+                return parked.slot
         taken = {parked.slot for parked in kept}
-        empty = [number for number in self.left() if number not in taken]
-        if slot in empty:
-            empty = [slot]
-        oldest = [parked.slot for parked in reversed(kept)]
-        return [*own, *empty, *oldest, slot][0]
+        empty = [number for number in left if number not in taken]
+        if slot in empty or not left:
+            return slot
+        if empty:
+            return empty[0]
+        return kept[-1].slot
 
 
 class Bay:
@@ -13083,7 +13084,7 @@ class Bay:
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        return not any(tokens or busy for _, tokens, busy in self._slots())
+        return not any(slot.tokens or slot.is_busy for slot in self._slots())
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
@@ -13094,7 +13095,7 @@ class Bay:
             if not parking.intact(identity, parked):
                 parking.drop(identity, parked.slot)
                 continue
-            if parked.tokens > left:
+            if parked.tokens > left:            # it would throw out one that is back already
                 continue
             status, name = 0, f"{identity}-{parked.slot}.kv"
             try:
@@ -13152,34 +13153,48 @@ class Bay:
         parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
         parking.speeds.note_answer(identity, self._name, counts)
-        self.tokens = counts.prompt + counts.output
+        tokens = self.tokens = counts.prompt + counts.output
         with self._lock:
             restored, self._restored = self._restored, []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
         if not body:
             return
-        worth = parking.worth(identity, counts.prompt)
-        if not (worth or restored):
+        is_worth = parking.worth(identity, counts.prompt)
+        if not (is_worth or restored):
             return
         values = parse_json_object(body)
-        for parked in restored:
-            ignored = counts.cached < parked.prompt // 10
-            if ignored and parked.goes_on_in(values):
-                why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used"
-                       " by this build of llama.cpp")
-                self._log.warning(f"{self._name}: nothing is parked any more: {why}")
-                try:
-                    parking.turn_off(identity, self._name, why)
-                except UserError as exc:
-                    self._log.warning(str(exc))
+        self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if turns and worth:
-            talk = Talk(target, body, turns, beginning(values, turns), counts.prompt,
-                        counts.prompt + counts.output, time.time())
-            with self._lock:
-                others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
-                self._talks = [*others, talk][-MAX_TALKS:]
+        if not turns or not is_worth:
+            return
+        talk = Talk(
+            target=target,
+            body=body,
+            turns=turns,
+            begins=beginning(values, turns),
+            prompt=counts.prompt,
+            tokens=tokens,
+            at=time.time(),
+        )
+        with self._lock:
+            others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+            self._talks = [*others, talk][-MAX_TALKS:]
+
+    def _prove(self, restored: Iterable[Parked], values: Mapping[str, Any],
+               counts: Counts) -> None:
+        """Park nothing more of a model that reads again what was restored for this request."""
+        for parked in restored:
+            is_used = counts.cached >= parked.prompt // 10
+            if is_used or not parked.goes_on_in(values):
+                continue
+            why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
+                   " of llama.cpp")
+            self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+            try:
+                self._parking.turn_off(self.identity, self._name, why)
+            except UserError as exc:
+                self._log.warning(str(exc))
 
     def pace(self, tokens: int) -> Pace:
         """What is known of the model with a prompt of so many tokens, now that it is loaded."""
@@ -13188,26 +13203,29 @@ class Bay:
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
         speeds = self._parking.speeds
-        if self.parks and self._parking.worth(self.identity, self.tokens):
-            return self.tokens / speeds.get(self.identity, "restored", SAVED_PER_S)
         per_s = speeds.reading(self.identity, self.tokens)
-        return self.tokens / per_s if per_s else 0.0
+        if self.parks and self._parking.worth(self.identity, self.tokens):
+            per_s = speeds.get(self.identity, "restored", SAVED_PER_S)
+        if not per_s:
+            return 0.0
+        return self.tokens / per_s
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
         if not self.parks:
             return
         now, every_s = time.monotonic(), self._parking.every_s
-        if 0 < every_s < now - self._saved_at and self._answered_at > self._saved_at:
+        has_news = self._answered_at > self._saved_at
+        if has_news and 0 < every_s < now - self._saved_at:
             self._saved_at = now
-            threading.Thread(target=self.save, args=(False,), name=f"park {self._name}",
-                             daemon=True).start()
+            in_background(f"park {self._name}", self.save, False)
 
     def save(self, ending: bool) -> None:
         """Save what is worth it, the longest first; `ending`: also out of the host's prompt cache.
 
-        Not `ending`: only what takes under a second, for requests may be coming.
+        Not `ending`: only what takes under a second.
         """
+        # One at a time: a save in use and the one at the end would write the same files.
         with self._saving:
             try:
                 if self.parks and not self._parking.off(self.identity):
@@ -13217,27 +13235,36 @@ class Bay:
                 self._log.warning(f"{self._name}: not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
-        began, held = time.monotonic(), self._slots()
-        numbers = Numbers([slot for slot, _, _ in held], self._parking.saved(self.identity))
-        end = began + (PARK_S if ending else 1)
+        began = time.monotonic()
+        end = began + 1                         # requests may be coming
+        if ending:
+            end = began + PARK_S
+        slots = self._slots()
+        saved = self._parking.saved(self.identity)
+        numbers = Numbers([slot.number for slot in slots], saved)
+        elsewhere = self._save_held(slots, numbers, ending, end)
+        if ending and not any(slot.is_busy for slot in slots):
+            self._save_cached(elsewhere, numbers, end)
+        if numbers.used:
+            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
+                           f" in {time.monotonic() - began:.2f} s")
+
+    def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
+                   end: float) -> List[Talk]:
+        """Save what the slots hold; the conversations that none of them holds."""
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
         unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
-        for slot, tokens, busy in held:
-            talk = next((talk for talk in talks if talk.is_in(tokens)), unknown)
+        for slot in slots:
+            talk = next((talk for talk in talks if talk.is_in(slot.tokens)), unknown)
             talks = [other for other in talks if other is not talk]
-            if busy or not self._parking.worth(self.identity, tokens):
+            is_quick = slot.tokens / per_s < 1
+            if slot.is_busy or not (ending or is_quick):
                 continue
-            quick = ending or tokens / per_s < 1
-            number = numbers.choose(slot, talk)
-            if quick and self._save_slot(slot, number, tokens, talk, end):
-                numbers.used.append(number)
-        if ending and not any(busy for _, _, busy in held):
-            self._save_cached(talks, numbers, end)
-        if numbers.used:
-            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {time.monotonic() - began:.2f} s")
+            if self._parking.worth(self.identity, slot.tokens):
+                self._save_slot(slot.number, slot.tokens, talk, numbers, end)
+        return talks
 
     def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
         """Save what the host's cache has, as long as there are numbers.
@@ -13245,42 +13272,41 @@ class Bay:
         Where one is there no more, the others are older, and looking for them costs seconds.
         """
         for talk in sorted(talks, key=lambda talk: -talk.prompt):
-            slot = self._pull(talk, end) if numbers.left() else -1
+            if not numbers.left():
+                break
+            slot = self._pull(talk, end)
             if slot < 0:
                 break
-            number = numbers.choose(slot, talk)
-            if self._save_slot(slot, number, talk.prompt, talk, end):
-                numbers.used.append(number)
+            self._save_slot(slot, talk.prompt, talk, numbers, end)
 
-    def _slots(self) -> List[Tuple[int, int, bool]]:
-        """(slot, tokens in it, whether it is at work), the longest first.
-
-        Errors: OSError, ValueError.
-        """
+    def _slots(self) -> List[Slot]:
+        """The slots of its server, the longest first. Errors: OSError, ValueError."""
         rows = json.loads(self._upstream.get("/slots", 2.0)[1])
         if not isinstance(rows, list):
             raise ValueError("llama-server tells nothing of its slots")
         found = []
         for row in rows:
             if isinstance(row, dict) and isinstance(row.get("id"), int):
-                tokens = row.get("n_prompt_tokens")
-                count = tokens if isinstance(tokens, int) else 0
-                found.append((row["id"], count, row.get("is_processing") is True))
-        return sorted(found, key=lambda row: -row[1])
+                tokens = _quantity(row.get("n_prompt_tokens"))
+                found.append(Slot(row["id"], tokens, row.get("is_processing") is True))
+        return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
                   timeout_s: float) -> Tuple[int, Dict[str, Any]]:
         """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
-        path, body = f"/slots/{slot}?action={action}", json.dumps({"filename": name}).encode()
+        path = f"/slots/{slot}?action={action}"
+        body = json.dumps({"filename": name}).encode()
         response, said = self._upstream.get(path, timeout_s, "POST", body=body)
         return response.status, parse_json_object(said)
 
-    def _save_slot(self, slot: int, number: int, tokens: int, talk: Talk, end: float) -> bool:
-        """Save a slot under a number; False where it does not come out whole.
+    def _save_slot(self, slot: int, tokens: int, talk: Talk, numbers: Numbers,
+                   end: float) -> None:
+        """Save a slot under a number that is left.
 
         It may take as long as reading it again would, no longer.
         """
         parking, identity = self._parking, self.identity
+        number = numbers.choose(slot, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
@@ -13288,26 +13314,40 @@ class Bay:
         timeout_s = max(min(again_s, end - began), 0.1)
         try:
             if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
-                return False
-            status, said = self._ask_slot(slot, "save", name, timeout_s)
-            size, saved = file_size(temporary), said.get("n_saved")
-            whole = status == 200 and size == said.get("n_written")
-            if not whole or not isinstance(saved, int) or saved < 1:
-                raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
+                return
+            saved = self._write_slot(slot, name, timeout_s)
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "bytes", size / saved)
+            parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
             self._drop_older(number, talk)
-            edges = file_edges(temporary)
-            parked = Parked(number, saved, edges, talk.turns, talk.begins, talk.prompt,
-                            len(talk.body))
+            parked = Parked(
+                slot=number,
+                tokens=saved,
+                edges=file_edges(temporary),
+                turns=talk.turns,
+                begins=talk.begins,
+                prompt=talk.prompt,
+                body_bytes=len(talk.body),
+            )
             parking.keep(identity, parked, temporary, talk.at)
-            return True
+            numbers.used.append(number)
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
-            return False
         finally:
             _remove(temporary)
+
+    def _write_slot(self, slot: int, name: str, timeout_s: float) -> int:
+        """Have llama-server write a slot to a file; the tokens in it.
+
+        Errors: OSError, ValueError where it does not come out whole.
+        """
+        status, said = self._ask_slot(slot, "save", name, timeout_s)
+        size = file_size(self._parking.path(name))
+        saved = _quantity(said.get("n_saved"))
+        is_whole = status == 200 and size == said.get("n_written")
+        if not is_whole or not saved:
+            raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
+        return saved
 
     def _drop_older(self, number: int, talk: Talk) -> None:
         """An older state of the same conversation, in another slot's file, would take its room."""
@@ -13318,20 +13358,24 @@ class Bay:
 
     def _pull(self, talk: Talk, end: float) -> int:
         """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
+        # Its last request, asked again for one token and with no stream to read.
         values = parse_json_object(talk.body)
         for name in ("max_completion_tokens", "n_predict", "stream_options"):
             values.pop(name, None)
-        values["max_output_tokens" if "/responses" in talk.target else "max_tokens"] = 1
-        values["stream"] = False
+        limit = "max_tokens"
+        if "/responses" in talk.target:
+            limit = "max_output_tokens"
+        values.update({limit: 1, "stream": False})
         body = json.dumps(values).encode()
         timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
             return -1
-        for slot, tokens, busy in self._slots():
-            if not busy and talk._replace(tokens=talk.prompt + 1).is_in(tokens):
-                return slot
+        asked = talk._replace(tokens=talk.prompt + 1)
+        for slot in self._slots():
+            if not slot.is_busy and asked.is_in(slot.tokens):
+                return slot.number
         return -1
 
 
@@ -13341,6 +13385,20 @@ class Bay:
 # The room of llama-servers within the memory there is: who is loaded, who waits, who has to go. It
 # starts and stops servers, and asks them whether they are well; which tier a request is for was
 # decided before, and what is said to a client goes through a Lease.
+#
+# A model is "stopped", then "starting" once there is room for it, "ready" once its server is
+# healthy and has back what was parked, "stopping" when it is idle for too long, unloaded or in the
+# way of another, and "stopped" again. A load that fails or is no longer wanted ends as "stopped".
+#
+# A request's thread only looks, queues and counts: a Ticket polls try_enter, which begins a load
+# where it can. Each load has a thread (Engine._load): it stops who has to go, starts the server,
+# waits and restores. Each stop has one (Engine._stop): it parks, then ends the server. The
+# listener's loop unloads once a second what was idle for its ttl; MemoryWatch has a thread, and
+# unloads what is idle while memory is short.
+#
+# One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
+# No server is asked and no process waited for under it. While a model is "starting" or "stopping"
+# its process belongs to that thread: others may only set `cancelled`.
 
 
 class Model:
@@ -13349,6 +13407,8 @@ class Model:
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
         self.tier, self.gb = tier, gb
         self.needs: Needs = (gb,)               # of each memory
+        self.memory: Optional[Memory] = None    # what that is made of, where its header is known
+        self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
         self.proxy = proxy                      # LiteLLM's: no memory that counts, its own port
         self.state = "stopped"                  # stopped | starting | ready | stopping
         self.since = time.monotonic()
@@ -13380,9 +13440,25 @@ class Model:
         self.state, self.since = state, time.monotonic()
 
 
+def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
+    """The model of a local tier: it takes what was measured, else what its file's size says."""
+    if fit is None:
+        weights = weights_for(tier)
+        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
+    model = Model(tier, fit.need_gb)
+    model.needs, model.memory = fit.needs, fit.memory
+    if fit.memory is not None:
+        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+    return model
+
+
 # What the states of a model are called where people read them.
-STATE_WORDS = {"stopped": "not loaded", "starting": "loading", "ready": "loaded",
-               "stopping": "unloading"}
+STATE_WORDS = {
+    "stopped": "not loaded",
+    "starting": "loading",
+    "ready": "loaded",
+    "stopping": "unloading",
+}
 
 
 OWN_READ_BYTES = 16 << 20                       # a program reads as much before its model, or less
@@ -13396,7 +13472,7 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
-    read_bytes = bytes_read(pid)
+    read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
     if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
         return 0.0
@@ -13463,50 +13539,39 @@ class Engine:
 
     def __init__(self, config: Config, command: Callable[[Tier, int], List[str]], log: Log,
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
-        fits, proxy, budget_gb = plan.fits, plan.proxy, plan.budget_gb
-        self._parking = plan.parking
-        self._command, self._log, self._log_path = command, log, log_path
-        self._env, self._local_env = dict(plan.env), without_credentials(plan.env)
-        self._budget_gb, self._first_port = budget_gb, plan.first_port
         self.config = config
-        self._changed = threading.Condition()
-        local = local_tiers(config)
-        need = self._needs_gb(local, fits)
-        self._budgets_gb = plan.budgets_gb or (budget_gb,)
-        needs = {f.name: f.needs for f in fits}
-        self._sets = residency_sets(config, needs if fits else None, self._budgets_gb)
-        self.models = {t.name: Model(t, need[t.name]) for t in local}
-        for model in self.models.values():
-            model.needs = needs.get(model.name, model.needs)
-        self._proxy = Model(proxy.tier, 0.0, proxy) if proxy else None
-        if self._proxy:
-            self.models[PROXY] = self._proxy
-        self._parts = {f.name: f.memory for f in fits if f.memory}
-        weights_gb = {name: memory.weights / 1e9 for name, memory in self._parts.items()}
-        self._costs = {t.name: tier_cost(t, weights_gb.get(t.name, 0.0)) for t in local}
-        self._tickets: List[Ticket] = []
+        self._command = command
+        self._log, self._log_path = log, log_path
+        self._env = dict(plan.env)
+        self._local_env = without_credentials(plan.env)
+        self._first_port = plan.first_port
+        self._parking = plan.parking
+        self._budget_gb = plan.budget_gb
+        self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
+        fits = {fit.name: fit for fit in plan.fits}
+        needs = {name: fit.needs for name, fit in fits.items()}
+        self._sets = residency_sets(config, needs or None, self._budgets_gb)
+        self.models: Dict[str, Model] = {}
+        for tier in local_tiers(config):
+            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
+        self._proxy: Optional[Model] = None
+        if plan.proxy:
+            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+        self._changed = threading.Condition()   # the lock of all models and of what follows
+        self._tickets: List[Ticket] = []        # who waits, the longest first
         self._closing = False
         self._epoch = time.time() - time.monotonic()
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
-    def _needs_gb(self, local: Sequence[Tier], fits: Sequence[TierFit]) -> Dict[str, float]:
-        """Tier -> the memory it takes: as measured, else by the size of its file."""
-        known = {f.name: f.need_gb for f in fits}
-        for tier in local:
-            weights = weights_for(tier)
-            size_gb = weights.size_gb
-            if not size_gb and weights.path:
-                size_gb = file_size(weights.path) / 1e9
-            known.setdefault(tier.name, footprint_gb(size_gb))
-        return known
-
     def find(self, name: str) -> Optional[Model]:
         if name in self.models:
             return self.models[name]
-        tier = self.config.by_name(name)
         if self._proxy and name in self._proxy.tier.aliases:
             return self._proxy
-        return self.models.get(tier.name) if tier else None
+        tier = self.config.by_name(name)
+        if tier is None:
+            return None
+        return self.models.get(tier.name)
 
     # ---- for requests
 
@@ -13567,18 +13632,22 @@ class Engine:
         with self._changed:
             model, name = ticket.model, ticket.model.name
             if model.state == "starting":
-                making_room = [m.name for m in self.models.values() if m.state == "stopping"]
-                if making_room and model.process is None:
-                    return f"unloading {', '.join(making_room)} to load {name}"
-                if model.listening or self._is_here(model):
-                    return f"loading {name}{percent_words(self._loaded(model))}"
-                return f"downloading {name}"
+                return self._loading_stage(model)
             if model.state == "ready":
                 return f"queued for {name} behind who has waited longer"
             busy = sorted(ticket.blocked_by)
             if busy:
                 return f"waiting for {', '.join(busy)} to finish before {name} can load"
             return f"waiting for {name} to stop before it can load again"
+
+    def _loading_stage(self, model: Model) -> str:
+        """How far the load of a model is. Whoever holds the lock asks."""
+        leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        if leaving and model.process is None:
+            return f"unloading {', '.join(leaving)} to load {model.name}"
+        if model.listening or self._is_here(model):
+            return f"loading {model.name}{percent_words(self._loaded(model))}"
+        return f"downloading {model.name}"
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load that is done, 0.0 where that is not known."""
@@ -13629,9 +13698,10 @@ class Engine:
 
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
-        oldest = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
         name = ticket.model.name
-        return any(t.since < oldest and name in t.blocked_by for t in self._tickets)
+        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
+        waiting = [other for other in self._tickets if name in other.blocked_by]
+        return any(other.since < fair_since for other in waiting)
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
@@ -13641,32 +13711,50 @@ class Engine:
         model = ticket.model
         if model.proxy:
             return []
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{model.name} needs about {gb_words(model.needs)} and the budget is"
-                            f" {gb_words(self._budgets_gb)} (memory_gb in models.ini)")
         others = [m for m in self.models.values() if m is not model and not m.proxy]
         leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
         running = [m for m in others if m.state in ("starting", "ready")]
-        before = self._tickets[:self._tickets.index(ticket)]
-        wanted = {t.model.name for t in before}
-        busy = {m.name for m in running if not m.is_idle or m.name in wanted}
-        now = time.monotonic()
-        costs = {m.name: self._keeping_cost(m, now) for m in running}
-        running.sort(key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in running]
+        busy = self._busy_names(ticket, running)
+        victims = self._victims(model, running, busy)
+        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        if ticket.blocked_by:
+            return None
+        return [self.models[name] for name in victims]
+
+    def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
+        """What may not be stopped for a ticket now."""
+        # Who has waited longer for a model that runs is to find it loaded.
+        ahead = self._tickets[:self._tickets.index(ticket)]
+        wanted = {other.model.name for other in ahead}
+        return {m.name for m in running if not m.is_idle or m.name in wanted}
+
+    def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
+        """What has to go before a model can load, busy or not. Errors: LoadError."""
+        limits_gb = self._limits_gb(model, running)
+        costs = {m.name: self._keeping_cost(m) for m in running}
+        # Idle ones first, of these the cheapest to bring back.
+        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
+        names = [m.name for m in order]
         victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [n for n in names if n not in victims]
-        limits_gb = self._budgets_gb
-        if self.pressure:                       # no more than is held now
-            limits_gb = needs_together(m.needs for m in running) or (0.0,) * len(limits_gb)
-        if not fits_together([model.needs], limits_gb):
-            raise LoadError(f"{model.name} needs about {gb_words(model.needs)}, and"
-                            f" {self.pressure}")
-        while not fits_together([model.needs, *(self.models[n].needs for n in staying)],
-                                limits_gb):
-            victims.append(staying.pop(0))      # idle ones first, the cheapest to bring back
-        ticket.blocked_by = busy.intersection(victims) | leaving
-        return None if ticket.blocked_by else [self.models[n] for n in victims]
+        staying = [m for m in order if m.name not in victims]
+        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
+            victims.append(staying.pop(0).name)
+        return victims
+
+    def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
+        """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        words = f"{model.name} needs about {gb_words(model.needs)}"
+        if not fits_together([model.needs], self._budgets_gb):
+            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
+                            " models.ini)")
+        if not self.pressure:
+            return self._budgets_gb
+        # While memory is short, no more than is held now.
+        nothing = (0.0,) * len(self._budgets_gb)
+        held_gb = needs_together([nothing, *(m.needs for m in running)])
+        if not fits_together([model.needs], held_gb):
+            raise LoadError(f"{words}, and {self.pressure}")
+        return held_gb
 
     # ---- loading and unloading
 
@@ -13737,17 +13825,18 @@ class Engine:
         identity = model.identity or self._parking.speeds.identity_of(name)
         return model_pace(self._parking, identity, tokens)
 
-    def _keeping_cost(self, model: Model, now: float) -> float:
+    def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(self._costs.get(model.name, 1))
+        back_s = float(model.cost)
         if self._parking is not None and model.identity:
             back_s = self._parking.speeds.load_s(model.identity) or back_s
         if model.bay is not None:
             back_s += model.bay.back_s()
-        return back_s / (1 + max(now - model.last_used, 0.0) / 60)
+        idle_s = time.monotonic() - model.last_used
+        return back_s / (1 + idle_s / 60)
 
     def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
@@ -13893,10 +13982,10 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context = _quantity(settings.get("n_ctx"))
-        if 0 < model.context < model.tier.ctx_size:
+        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
+        if 0 < model.context < wanted:
             self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {model.tier.ctx_size:,}")
+                              f" conversation, ctx_size says {wanted:,}")
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -13974,12 +14063,13 @@ class Engine:
         with self._changed:
             idle = [model for model in self.models.values() if model.is_idle]
             for model in idle:
+                idle_s, ttl_s = now - model.last_used, model.tier.ttl
                 if model.process.poll() is not None:
                     code = model.process.returncode
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-                elif model.tier.ttl and now - model.last_used > model.tier.ttl:
-                    self._log.info(f"{model.name}: idle for {model.tier.ttl} s, unloading")
+                elif ttl_s and idle_s > ttl_s:
+                    self._log.info(f"{model.name}: idle for {ttl_s} s, unloading")
                     self._begin_stop(model)
                 elif model.bay is not None:
                     model.bay.save_when_due()
@@ -13987,15 +14077,16 @@ class Engine:
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
         with self._changed:
-            if bool(pressure) != bool(self.pressure):
+            was_short, self.pressure = bool(self.pressure), pressure
+            if bool(pressure) != was_short:
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
-            self.pressure = pressure
             idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            if not pressure or not idle:
+                return
             # One goes a look: the next look sees what that has freed.
-            if pressure and idle:
-                model = min(idle, key=lambda m: m.last_used)
-                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-                self._begin_stop(model)
+            model = min(idle, key=lambda m: m.last_used)
+            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+            self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -14014,14 +14105,15 @@ class Engine:
             wanted = model.tier.role == "fast"
             if model.proxy:
                 wanted = model.proxy.preload
-            if wanted:
-                ticket = self.enqueue(model)
-                try:
-                    ticket.ready()
-                except LoadError as exc:
-                    self._log.error(str(exc))
-                # Nobody waits: a load that has begun goes on without a ticket.
-                ticket.end()
+            if not wanted:
+                continue
+            ticket = self.enqueue(model)
+            try:
+                ticket.ready()
+            except LoadError as exc:
+                self._log.error(str(exc))
+            # Nobody waits: a load that has begun goes on without a ticket.
+            ticket.end()
 
     def close(self) -> None:
         """Stop everything, for good."""
@@ -14068,8 +14160,12 @@ class Engine:
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
-        return {"models": rows, "budget": round(self._budget_gb * 1e9), "parked": parked,
-                "pressure": self.pressure}
+        return {
+            "models": rows,
+            "budget": round(self._budget_gb * 1e9),
+            "parked": parked,
+            "pressure": self.pressure,
+        }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
         row: Dict[str, Any] = {
@@ -14088,13 +14184,13 @@ class Engine:
             share = self._loaded(model)
             if share:
                 row["share"] = round(share, 2)
-        memory = self._parts.get(model.name)
-        if memory is not None:
-            row["parts"] = memory.parts
+        if model.memory is not None:
+            row["parts"] = model.memory.parts
         return row
 
 
 _PLAIN = "text/plain; charset=utf-8"
+_UPSTREAM = "/upstream/"                        # then a model and a path of its server's
 
 
 class MemoryWatch:
@@ -14193,9 +14289,11 @@ class EngineApp(Behind):
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
-        if path.startswith("/upstream/"):
-            name, _, rest = path[len("/upstream/"):].partition("/")
-            target = f"/{rest}?{query}" if query else f"/{rest}"
+        if path.startswith(_UPSTREAM):
+            name, _, rest = path[len(_UPSTREAM):].partition("/")
+            target = "/" + rest
+            if query:
+                target += "?" + query
             self._serve(client, request._replace(target=target), name, body, drop)
             return
         name, stream = self._asked(body, query)
@@ -14204,49 +14302,58 @@ class EngineApp(Behind):
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
         model = self.engine.find(name)
+        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if model and model.proxy and tier and body and tier.name != name:
+        if tier and is_alias and body and model and model.proxy:
             body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
-        engine, post = self.engine, request.method == "POST"
-        unload_one = "/api/models/unload/"
-        if not post and path == "/health":
+        if path == "/unload":
+            self.engine.unload(self.engine.models.values())
+            client.reply(200, b"OK", _PLAIN)
+            return True
+        if request.method == "POST":
+            return self._unload(client, path)
+        if path == "/health":
             client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
-        elif not post and path == "/ui" and self.page_url:
+        elif path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
-        elif not post and path.rstrip("/") in ("/v1/models", "/models"):
+        elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
             client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
-        elif not post and path == "/running":
-            client.reply(200, json.dumps({"running": engine.running()}).encode())
-        elif path == "/unload":
-            engine.unload(engine.models.values())
-            client.reply(200, b"OK", _PLAIN)
-        elif post and path == "/api/models/unload":
-            engine.unload(engine.models.values())
-            client.reply(200, b'{"msg":"ok"}')
-        elif post and path.startswith(unload_one):
-            ticket = engine.lease(path[len(unload_one):])
-            ticket.end()
-            engine.unload([ticket.model])
-            client.reply(200, b"OK", _PLAIN)
+        elif path == "/running":
+            client.reply(200, json.dumps({"running": self.engine.running()}).encode())
         else:
             return False
         return True
 
+    def _unload(self, client: Client, path: str) -> bool:
+        """Answer a POST that unloads; False for any other. Errors: HttpError 404."""
+        unload_all = "/api/models/unload"
+        if path == unload_all:
+            self.engine.unload(self.engine.models.values())
+            client.reply(200, b'{"msg":"ok"}')
+            return True
+        if not path.startswith(unload_all + "/"):
+            return False
+        model = self.engine.lease(path[len(unload_all) + 1:]).model
+        self.engine.unload([model])
+        client.reply(200, b"OK", _PLAIN)
+        return True
+
     def _listing(self) -> List[Dict[str, Any]]:
         entries = []
-        running = {row["model"]: row["state"] for row in self.engine.running()}
         for tier in self.engine.config.tiers:
             model = self.engine.find(tier.name)
-            if model is not None:
-                is_loaded = running.get(model.name) == "ready"
-                entry = tier_entry(tier)
-                entry["status"] = {"value": "loaded" if is_loaded else "unloaded"}
-                entries += [{**entry, "id": name} for name in tier.names]
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
         return entries
 
     @staticmethod
@@ -14268,10 +14375,13 @@ class EngineApp(Behind):
         path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, self.engine.config.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()),
-                      waiting=lambda: waiting.tell(lease.stage))
-        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
-                            terms, waiting)
+
+        def tell() -> None:
+            waiting.tell(lease.stage)
+
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=tell)
+        pieces = [body] if body else []
+        outcome = ask_lease(client, request, lease, request.target, pieces, terms, waiting)
         if outcome.state == "unreachable":
             reply_failure(client, 502, f"{name}: its server {outcome.detail}")
         elif outcome.state in ("rejected", "failed"):
@@ -14572,8 +14682,6 @@ class SwapApp(UpstreamApp):
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
-LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
-                     " `llmstack start --demo`")
 Say = Callable[[str], None]
 
 
@@ -15255,38 +15363,6 @@ def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
     return _Told(states, otherwise, hosted)
 
 
-def running_gb(places: Places) -> float:
-    """What the models that are loaded take by the daemon's own count; 0 where there is none."""
-    record = running_record(places)
-    if record is None:
-        return 0.0
-    now = asked_json(router_upstream(record, places.env), "/llmstack/snapshot")
-    resident = dict_of(now.get("memory")).get("resident")
-    return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
-
-
-def running_machine(places: Places, config: Config) -> Optional[Machine]:
-    """The budget that the project's daemon goes by, None where there is none.
-
-    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
-    """
-    record = running_record(places)
-    if record is None:
-        return None
-    told = asked_json(router_upstream(record, places.env), "/llmstack/memory")
-    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
-    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
-        return None
-    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
-        return None
-    cards = told.get("cards")
-    each: Tuple[float, ...] = ()
-    if isinstance(cards, list):
-        each = tuple(gb for gb in cards if isinstance(gb, float))
-    return Machine(budget_gb, source, told.get("gpu") is True, told.get("cuda") is True, host_gb,
-                   each)
-
-
 def _tier_rows(places: Places, config: Config, told: _Told,
                env: Mapping[str, str]) -> List[Dict[str, Any]]:
     """The rows of `status`; `env`: that of the daemon, whose credentials count."""
@@ -15742,14 +15818,16 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
 # ==================================================================================================
 # DOWNLOADS
 # ==================================================================================================
-# The room of what is fetched: models from the hub, by a worker in the background, and llama-swap's
-# releases. Nothing fetched is used before its size and its SHA-256 are what was promised.
+# The room of what is known of downloads: how far each is, and whether their worker lives. They are
+# started, fetched and ended by extras/download.py.
 
 # The last release for Python 3.9, which a stock Mac has, and the last that goes on with what a
 # killed download had got: newer ones write to a file with a random name.
 HUB_PIN = "1.8.0"
 HUB = PrivateEnvironment("hub", HUB_PIN, "huggingface_hub", "huggingface_hub",
                          f"huggingface_hub {HUB_PIN} (12 MB with what it needs)")
+
+
 def span_words(seconds: float) -> str:
     """`75 s`, `14 min`, `12.5 h`"""
     if seconds < 90:
@@ -15772,32 +15850,13 @@ def progress_words(have: int, size: int, rate: float) -> str:
     return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
 
 
-def file_sha256(path: str) -> str:
-    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
-    import hashlib
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# The worker: one process a project, started by `download` and left alone. Its queue is
-# .llmstack/downloads.json, its pid file .llmstack/download.pid. Both are written under one lock, so
-# a job that is added is either seen by the worker that is about to end, or starts another.
 _QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
-_GOES_ON = ("queued", "running")                # the states of a job that has not ended
+UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
-
-GO_ON = "run `llmstack download` again: it goes on from there"
 
 
 def queue_file(places: Places) -> str:
     return places.in_state("downloads.json")
-
-
-def queue_lock(places: Places) -> FileLock:
-    return FileLock(places.in_state("downloads.lock"), lambda: None)
 
 
 def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
@@ -15810,7 +15869,7 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
         row = dict_of(row)
         job = parse_job(row)
         state = row.get("state")
-        if job is None or job.name != name or state not in _GOES_ON + _ENDED:
+        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
             continue
         jobs[name] = {**job._asdict(), "state": state}
         for key, kind in _QUEUE_VALUES.items():
@@ -15820,234 +15879,10 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     return jobs
 
 
-def write_queue(places: Places, queue: Mapping[str, Mapping[str, Any]]) -> None:
-    write_atomic(queue_file(places), json.dumps(queue, indent=1))
-
-
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
     return record if owned_process(record, places.project) else None
-
-
-def set_state(places: Places, name: str, **values: Any) -> None:
-    with queue_lock(places):
-        jobs = read_queue(places)
-        if name in jobs:
-            jobs[name].update(values)
-            write_queue(places, jobs)
-
-
-def _left_over(queue: Mapping[str, Dict[str, Any]],
-               known: Sequence[Job]) -> Dict[str, Dict[str, Any]]:
-    """The queue of a worker that has ended, as the next one finds it."""
-    left = {}
-    for name, row in queue.items():
-        if row["state"] in _ENDED:
-            left[name] = row
-        elif parse_job(row) in known:
-            left[name] = {**row, "state": "queued"}
-    return left
-
-
-def _spawn_worker(places: Places, env: Mapping[str, str]) -> Record:
-    """Start the worker, which stays. It needs the hub's token and no other credential."""
-    log = places.log("download.log")
-    shift_logs(log)
-    settings = without_credentials(env)
-    settings.pop("LLMSTACK_API_KEY", None)
-    settings.update({
-        "LLMSTACK_WORK_DIR": places.work,
-        "LLMSTACK_DATA_DIR": places.data,
-        "HF_ENDPOINT": hub_endpoint(env),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    })
-    record = Record(0, "", new_mark(places.project, "download"), kind="download")
-    process, worker = spawn_recorded([sys.executable, PROGRAM, "_download"], log, settings,
-                                     places.in_state("download.pid"), record)
-    # The worker stays; Popen is not to warn of that.
-    process.returncode = 0
-    return worker
-
-
-def start_downloads(places: Places, jobs: Sequence[Job], known: Sequence[Job],
-                    env: Mapping[str, str], say: Say) -> int:
-    """Queue jobs and see that a worker runs; its pid. Errors: UserError.
-
-    What a killed worker has left is taken up again where it is still one of the `known` jobs of
-    models.ini: a cloned directory may have brought a queue along, and links that logs would follow.
-    """
-    check_links(places)
-    install_environment(HUB, places.data, say)
-    # Where share/ is missing this fails here, not unseen in the worker.
-    guest_command(environment_program(HUB, places.data), "hub_download")
-    with queue_lock(places):
-        queue = read_queue(places)
-        worker = download_worker(places)
-        if worker is None:
-            queue = _left_over(queue, known)
-        for job in jobs:
-            state = queue.get(job.name, {}).get("state")
-            if worker is None or state not in _GOES_ON:
-                # A job that is asked for again goes to the end of the queue.
-                queue.pop(job.name, None)
-                queue[job.name] = {**job._asdict(), "state": "queued"}
-        write_queue(places, queue)
-        if worker is None:
-            worker = _spawn_worker(places, env)
-        return worker.pid
-
-
-def stop_downloads(places: Places) -> bool:
-    """End the worker; what it has got so far is kept. True when there was one."""
-    worker = download_worker(places)
-    if worker is not None:
-        stop_recorded(worker, places.project, STOP_GRACE_S)
-    with queue_lock(places):
-        if os.path.exists(queue_file(places)):
-            write_queue(places, _left_over(read_queue(places), ()))
-        _remove(places.in_state("download.pid"))
-    return worker is not None
-
-
-def _next_job(places: Places) -> Optional[Job]:
-    """The next of the queue, marked as running; None for none, and the worker is to end."""
-    with queue_lock(places):
-        queue = read_queue(places)
-        for row in queue.values():
-            if row["state"] in _GOES_ON:
-                row.update(state="running", error="")
-                write_queue(places, queue)
-                return parse_job(row)
-        _remove(places.in_state("download.pid"))
-        return None
-
-
-def _job_log(places: Places, name: str) -> Say:
-    """What writes a line, with the time, to a new log of a job."""
-    path = places.log(f"dl-{name}.log")
-    shift_logs(path)
-
-    def note(line: str) -> None:
-        with os.fdopen(open_log(path), "a", encoding="utf-8") as file:
-            file.write(time.strftime("%Y-%m-%dT%H:%M:%S ") + line + "\n")
-
-    return note
-
-
-def _fail_all(places: Places, why: UserError) -> None:
-    """Every job that waits fails for the same reason, which is no other's fault."""
-    with queue_lock(places):
-        queue = read_queue(places)
-        for row in queue.values():
-            if row["state"] in _GOES_ON:
-                row.update(state="failed", error=str(why), hint=why.hint)
-        write_queue(places, queue)
-
-
-def _with_projector(job: Job, env: Mapping[str, str]) -> Job:
-    """A job with the file of its repository that ANY_PROJECTOR means there.
-
-    Where it has none, or does not tell, the file is left out. Errors: Unreachable.
-    """
-    if ANY_PROJECTOR not in job.files + job.beside:
-        return job
-    found = ""
-    try:
-        rows = hub_api(f"{job.repo}/tree/main?recursive=true", env)
-        found = choose_projector(str(row["path"]) for row in rows)
-    except Unreachable:
-        raise
-    except (UserError, OSError, LookupError, TypeError):
-        # Fetching says what is wrong with the repository.
-        pass
-
-    def named(files: Tuple[str, ...]) -> Tuple[str, ...]:
-        names = [found if file == ANY_PROJECTOR else file for file in files]
-        return tuple(dict.fromkeys(filter(None, names)))
-
-    return job._replace(files=named(job.files), beside=named(job.beside))
-
-
-def _guest_events(command: Sequence[str],
-                  wanted: Mapping[str, Any]) -> Iterator[Dict[str, Any]]:
-    """What the hub's guest says while it fetches: see share/guests/hub_download.py.
-
-    The guest ends when its standard input does, so it does not outlive a worker that is killed.
-    """
-    import subprocess
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as guest:
-        assert guest.stdin is not None
-        assert guest.stdout is not None
-        guest.stdin.write(json.dumps(wanted).encode() + b"\n")
-        guest.stdin.flush()
-        yield from map(json.loads, guest.stdout)
-
-
-def fetch_job(job: Job, data: str, env: Mapping[str, str], note: Say,
-              tell: Callable[..., None]) -> int:
-    """Have the hub's guest bring all files of a job into the cache; their bytes together.
-
-    Errors: UserError, Unreachable.
-    """
-    asked, job = job, _with_projector(job, env)
-    if ANY_PROJECTOR in asked.files and not any(map(_PROJECTOR.match, job.files)):
-        note(f"{job.repo} has no {ANY_PROJECTOR}: mmproj = auto finds nothing there")
-    wanted = {**job._asdict(), "cache": hub_cache_dir(env), "endpoint": hub_endpoint(env)}
-    note(f"{job.repo}: {', '.join(job.files)}, from {wanted['endpoint']} into {wanted['cache']}")
-    command = guest_command(environment_program(HUB, data), "hub_download")
-    event: Dict[str, Any] = {}
-    for event in _guest_events(command, wanted):
-        if "say" in event:
-            note(visible(event["say"]))
-        elif "part" in event:
-            tell(**event)
-        elif "size" in event:
-            words = progress_words(event["bytes"], event["size"], event["rate"])
-            note(f"{event['file']}: {words}")
-    # Its last event is how it has ended.
-    if "done" in event:
-        return int(event["done"])
-    what = event.get("failed", "huggingface_hub has ended in the middle")
-    if event.get("lacks"):
-        what += nearest_files(job.repo, event["lacks"], env)
-    kind = Unreachable if event.get("unreachable") else UserError
-    raise kind(visible(what), visible(event.get("hint", GO_ON)))
-
-
-def failure_words(error: str, hint: str) -> str:
-    """`failed: what (what to do)`, as the log of a download says it."""
-    if not hint:
-        return f"failed: {error}"
-    return f"failed: {error} ({hint})"
-
-
-def run_downloads(places: Places, env: Mapping[str, str]) -> int:
-    """The worker: fetch one queued job after another until none is left; 1 when one has failed."""
-    code = 0
-    while True:
-        job = _next_job(places)
-        if job is None:
-            return code
-        note = _job_log(places, job.name)
-        tell = functools.partial(set_state, places, job.name)
-        try:
-            size = fetch_job(job, places.data, env, note, tell)
-        except Unreachable as exc:
-            code = 1
-            note(failure_words(str(exc), exc.hint))
-            _fail_all(places, exc)
-        # One file that fails, for whatever reason, does not stop those behind it.
-        except Exception as exc:
-            code = 1
-            what = visible(str(exc)) or type(exc).__name__
-            hint = getattr(exc, "hint", "")
-            tell(state="failed", error=what, hint=hint)
-            note(failure_words(what, hint))
-        else:
-            tell(state="done", bytes=size)
-            note(f"done: {size:,} bytes (download done)")
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
@@ -16057,7 +15892,7 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
-        if worker is None and state in _GOES_ON:
+        if worker is None and state in UNFINISHED:
             state = "interrupted"
         # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
         part = os.path.basename(job.get("part", "")) + ".incomplete"
@@ -16362,7 +16197,7 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
     or one without either, gets the variables.
     """
     inside = bool(env.get("LLMSTACK_ACTIVE"))
-    if hook_of(env)[0] and not inside:
+    if hooked_shell(env) and not inside:
         return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
     if not is_trusted(places, "hook"):
         return ""
@@ -16502,13 +16337,27 @@ def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) 
 # ==================================================================================================
 # STATUS
 # ==================================================================================================
-# `status` as people read it: it shows a router's snapshot, whose values are another process's word.
+# `status` as people read it: it shows a router's snapshot, whose values are another process's word,
+# so each is looked at before it is shown. It makes lines and neither asks nor prints.
 
 Colour = Callable[[str, str], str]              # a text and its colour -> how it is printed
-STATE_COLOURS = {"loaded": "32", "available": "32", "loading": "33", "unloading": "33",
-                 "failed to load": "31", "failing": "31", "no credential": "31",
-                 "intact": "32", "served": "32", "missing": "33", "partial": "33",
-                 "damaged": "31", "outdated": "33", "not served": "31"}
+_GREEN, _YELLOW, _RED, _FAINT = "32", "33", "31", "2"
+STATE_COLOURS = {
+    "loaded": _GREEN,
+    "available": _GREEN,
+    "intact": _GREEN,
+    "served": _GREEN,
+    "loading": _YELLOW,
+    "unloading": _YELLOW,
+    "missing": _YELLOW,
+    "partial": _YELLOW,
+    "outdated": _YELLOW,
+    "failed to load": _RED,
+    "failing": _RED,
+    "no credential": _RED,
+    "damaged": _RED,
+    "not served": _RED,
+}
 
 
 def value_in(row: Any, key: str) -> Any:
@@ -16559,16 +16408,23 @@ def context_words(tokens: float) -> str:
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
-    mine = [r for r in dicts_in(now, "requests") if text_in(r, "tier") == name]
-    working = [r for r in mine if re.match("writing|reading", text_in(r, "stage"))]
+    stages, waiting_since = [], []
+    for request in dicts_in(now, "requests"):
+        stage = text_in(request, "stage")
+        if text_in(request, "tier") != name:
+            continue
+        if stage.startswith(("writing", "reading")):
+            stages.append(stage)
+        else:
+            waiting_since.append(number_in(request, "began"))
     words = []
-    if len(working) == 1 and "%" in text_in(working[0], "stage"):
-        words.append(text_in(working[0], "stage"))
-    elif working:
-        words.append(f"{len(working)} answering")
-    since = [number_in(r, "began") for r in mine if r not in working]
-    if since:
-        words.append(f"{len(since)} waiting, {span_words(max(now_s - min(since), 0))}")
+    if len(stages) == 1 and "%" in stages[0]:
+        words.append(stages[0])
+    elif stages:
+        words.append(f"{len(stages)} answering")
+    if waiting_since:
+        longest_s = max(now_s - min(waiting_since), 0)
+        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
     return words
 
 
@@ -16587,13 +16443,13 @@ class TierLine(NamedTuple):
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
     name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, size, rate = number_in(row, "since"), number_in(row, "bytes"), number_in(row, "per_s")
+    since_s, share = number_in(row, "since"), number_in(row, "share")
     ago = span_words(max(now_s - since_s, 0))
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
     words = _occupation(name, now, now_s)
-    if state == "loading" and number_in(row, "share"):
-        state += percent_words(number_in(row, "share"))
+    if state == "loading" and share:
+        state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
     if note:
@@ -16603,8 +16459,8 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
         role=text_in(row, "role") or "-",
         context=context_words(number_in(row, "ctx_size")),
         state=state,
-        memory=size_words(size),
-        speed=rate_words(rate),
+        memory=size_words(number_in(row, "bytes")),
+        speed=rate_words(number_in(row, "per_s")),
         note=", ".join(words),
     )
 
@@ -16612,10 +16468,15 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
 _LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
 _RIGHT = ("context", "memory", "speed", "size")
+_GAP = "  "
 
 
 def _state_colour(state: str) -> str:
-    return next((code for word, code in STATE_COLOURS.items() if state.startswith(word)), "2")
+    # A state may have more behind its word, such as how far a load is.
+    for word, code in STATE_COLOURS.items():
+        if state.startswith(word):
+            return code
+    return _FAINT
 
 
 def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
@@ -16625,32 +16486,42 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
                          break_on_hyphens=False)
 
 
+def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
+    """Column -> how wide it is, its gap with it, of those that say something."""
+    widths = {}
+    for name in rows[0]._fields[:-1]:
+        most = max(len(getattr(row, name)) for row in rows)
+        if most:
+            widths[name] = most + len(_GAP)
+    return widths
+
+
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
     """Rows of the same NamedTuple of texts, its fields as columns; empty columns are left out.
 
     `state` has a colour. A `note`, the last field, goes below its row where it does not fit.
     """
-    names = rows[0]._fields[:-1] if rows else ()
-    columns = [name for name in names if any(getattr(row, name) for row in rows)]
-    wide = {c: max(len(getattr(row, c)) for row in rows) for c in columns}
+    if not rows:
+        return []
+    wide = _column_widths(rows)
     for name, beside in _LEFT_OUT:
-        if name in columns and sum(wide[c] + 2 for c in columns) + beside > width:
-            columns.remove(name)
+        if sum(wide.values()) + beside > width:
+            wide.pop(name, 0)
+    room = width - sum(wide.values())           # for a note
     shown = []
     for row in rows:
         cells = []
-        for column in columns:
+        for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (wide[column] - len(text))
+            padding = " " * (columns - len(_GAP) - len(text))
             if column == "state":
                 text = colour(text, _state_colour(text))
             cells.append(padding + text if column in _RIGHT else text + padding)
-        room = width - sum(wide[c] + 2 for c in columns)
         if row.note and len(row.note) <= room:
             cells.append(row.note)
-            shown.append("  ".join(cells))
+            shown.append(_GAP.join(cells))
             continue
-        shown.append("  ".join(cells).rstrip())
+        shown.append(_GAP.join(cells).rstrip())
         shown += wrapped_lines("    " + row.note, width, "    ")
     return shown
 
@@ -16660,48 +16531,64 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
-    read = f"{number_in(row, 'truth') or number_in(row, 'tokens'):,.0f} tokens"
-    cached = number_in(row, "cached")
+    tokens = number_in(row, "truth") or number_in(row, "tokens")
+    read = f"{tokens:,.0f} tokens"
+    cached, ended = number_in(row, "cached"), text_in(row, "ended")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
-    if text_in(row, "ended") != "done":
-        words.append(text_in(row, "ended"))
-    words.append(f"{number_in(row, 'total_s'):.1f} s")
-    words.append(f"{span_words(max(now_s - number_in(row, 'time'), 0))} ago")
+    if ended != "done":
+        words.append(ended)
+    ago_s = max(now_s - number_in(row, "time"), 0)
+    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
     return "last  " + ", ".join(words)
+
+
+def _stack_facts(now: Mapping[str, Any]) -> List[str]:
+    """What there is to say of the whole stack."""
+    about, memory = now.get("about"), now.get("memory")
+    facts = []
+    budget = number_in(memory, "budget")
+    if budget:
+        taken = number_in(memory, "resident")
+        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    pressure = text_in(memory, "pressure")
+    if pressure:
+        facts.append(f"{pressure}: idle models are unloaded")
+    if value_in(about, "changed") is True:
+        facts.append("models.ini changed since the start: llmstack restart")
+    if value_in(about, "local_only") is True:
+        facts.append("local_only: no request leaves this machine")
+    return facts
+
+
+def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
+    """The downloads that have not ended well."""
+    lines: List[str] = []
+    for row in dicts_in(now, "downloads"):
+        state = text_in(row, "state")
+        if state == "done":
+            continue
+        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
+        how = text_in(row, "error") or progress_words(have, size, 0)
+        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
+        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+    return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    about, memory = now.get("about"), now.get("memory")
-    head = [colour("up", "32") + f"  {url}/v1"]
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        head.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
-    if text_in(memory, "pressure"):
-        head.append(f"{text_in(memory, 'pressure')}: idle models are unloaded")
-    if isinstance(about, dict) and about.get("changed") is True:
-        head.append("models.ini changed since the start: llmstack restart")
-    if isinstance(about, dict) and about.get("local_only") is True:
-        head.append("local_only: no request leaves this machine")
-    room = width + len(head[0]) - len(f"up  {url}/v1")      # colours take none
-    lines = ["    ".join(head)]
-    if len(lines[0]) > room:
-        lines = [head[0]]
-        for words in head[1:]:
-            lines += wrapped_lines(words, width, "  ")
+    up, facts = f"up  {url}/v1", _stack_facts(now)
+    painted = colour("up", "32") + up[len("up"):]
+    lines = ["    ".join([painted, *facts])]
+    if len("    ".join([up, *facts])) > width:
+        lines = [painted]
+        for fact in facts:
+            lines += wrapped_lines(fact, width, "  ")
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
-    for row in dicts_in(now, "downloads"):
-        if text_in(row, "state") != "done":
-            name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-            have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-            how = text_in(row, "error") or progress_words(have, size, 0)
-            what = f"Download {name}: {text_in(row, 'state')}, {how}"
-            lines += wrapped_lines(what, width, "  ")
+    lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
         lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
@@ -16777,8 +16664,7 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
     record = running_record(places)
     if record is not None:
         host, port, channel = record.host, record.port, record.channel
-    host = args.host or host
-    port = args.port or port
+    host, port = args.host or host, args.port or port
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
@@ -16811,7 +16697,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if not is_trusted(places, "hook"):
         _tell(untrusted_line(places))
         return 0
-    if hook_of(env)[0]:
+    if hooked_shell(env):
         say("The hook of this shell does the rest, at its next prompt.")
         return 0
     stays = ", the daemons stay"
@@ -17033,10 +16919,9 @@ def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
 
 def output_columns() -> int:
     """Of the terminal; of a file or a pipe as many as it takes."""
-    import shutil
     if not sys.stdout.isatty():
         return 200
-    return shutil.get_terminal_size().columns
+    return terminal_columns()
 
 
 def _status_notes(rows: Mapping[str, Any]) -> List[str]:
@@ -17087,13 +16972,6 @@ def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
     return row
 
 
-def _download_line(row: Mapping[str, Any]) -> str:
-    name = f"{row['tier']}-{row['label']}"
-    state = paint(row["state"], "33")
-    what = row["error"] or progress_words(row["bytes"], row["total_bytes"], 0)
-    return f"Download {name}: {state}, {what}"
-
-
 def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
     """What there is to do where the stack does not run."""
     if rows["other_owner"]:
@@ -17125,9 +17003,7 @@ def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> Li
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    for row in rows["downloads"]:
-        if row["state"] != "done":
-            lines.append(_download_line(row))
+    lines += download_lines(rows, output_columns())
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
@@ -17167,8 +17043,7 @@ def _cmd_status(args: Any) -> int:
 
 def _shell_in_use(env: Mapping[str, str]) -> str:
     """The shell that reads our output: the hook's, else the user's."""
-    hooked, _ = hook_of(env)
-    return hooked or shell_name(shell_program(env)) or "bash"
+    return hooked_shell(env) or shell_name(shell_program(env)) or "bash"
 
 
 def _say_raw(text: str) -> None:
@@ -17442,46 +17317,70 @@ def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
 
 
-def _embedded_app(places: Places, config: Config, log: Log,
-                  drafts: Drafts) -> EngineApp:
+class ServerCommands:
+    """The command line of each tier's llama-server, as the engine asks for it at a load."""
+
+    def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
+                 parks: bool) -> None:
+        self._data, self._config, self._log = places.data, config, log
+        self._drafts, self._parks = drafts, parks
+        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+        self._probing = threading.Lock()
+
+    def _refused_by(self, server: Tuple[str, ...]) -> FrozenSet[str]:
+        """The flags that a build refuses. It is asked at its first load: the daemon is up by then.
+
+        Errors: UserError.
+        """
+        with self._probing:
+            if server not in self._refused:
+                refused = probe_flags(server, self._config, self._data)
+                self._refused[server] = refused
+                for said in refused_settings(self._config, refused):
+                    self._log.warning(said)
+            return self._refused[server]
+
+    def __call__(self, tier: Tier, port: int) -> List[str]:
+        """Errors: UserError."""
+        config, data = self._config, self._data
+        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        refused = self._refused_by(server)
+        identity = probe_identity(tier, config, os.environ, data)
+        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        words = server_command(server, ready, config, port, refused)
+        if self._parks and "--slot-save-path" not in refused:
+            words += parking_flags(data)
+        return words
+
+
+def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
     program = find_llama_server(config, os.environ, places.data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, os.environ)
     config = with_caches(config, fits, machine)
     parking = open_parking(places.data, config, log)
-    refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-    probing = threading.Lock()
+    parks = parking is not None and parking.parks
+    command = ServerCommands(places, config, log, drafts, parks)
 
-    def probe(server: Tuple[str, ...]) -> FrozenSet[str]:
-        with probing:                           # at the first load: the daemon is up before that
-            if server not in refused:
-                refused[server] = probe_flags(server, config, places.data)
-                for said in refused_settings(config, refused[server]):
-                    log.warning(said)
-        return refused[server]
-
-    def command(tier: Tier, port: int) -> List[str]:
-        server = find_llama_server(tier_config(config, tier), os.environ, places.data)
-        flags = probe(server)
-        identity = probe_identity(tier, config, os.environ, places.data)
-        tier = drafts.choose(tier, ready_tier(tier, os.environ), identity)
-        words = server_command(server, tier, config, port, flags)
-        if parking is not None and parking.parks and "--slot-save-path" not in flags:
-            words += parking_flags(places.data)
-        return words
+    def log_path(name: str) -> str:
+        return places.log(f"{name}.log")
 
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    plan = EnginePlan(_without_our_key(os.environ), machine.budget_gb, fits=fits,
-                      proxy=plan_proxy(places, config, os.environ), parking=parking,
-                      budgets_gb=machine.budgets_gb)
-    engine = Engine(config, command, log, lambda name: places.log(f"{name}.log"), plan)
+    plan = EnginePlan(
+        env=_without_our_key(os.environ),
+        budget_gb=machine.budget_gb,
+        fits=fits,
+        proxy=plan_proxy(places, config, os.environ),
+        parking=parking,
+        budgets_gb=machine.budgets_gb,
+    )
+    engine = Engine(config, command, log, log_path, plan)
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
-def _swap_app(places: Places, config: Config, log: Log,
-              drafts: Drafts) -> SwapApp:
+def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
     data = places.data
     env = _without_our_key(os.environ)
@@ -17566,7 +17465,8 @@ def _cmd_daemon(args: Any) -> int:
 def _cmd_download_worker(_: Any) -> int:
     """The process behind `download`."""
     places = find_places(os.environ)
-    return run_downloads(places, places.env)
+    code: int = load_extra("download").run_downloads(places, places.env, sys.modules[__name__])
+    return code
 
 
 def _cmd_version(args: Any) -> int:

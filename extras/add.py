@@ -175,7 +175,7 @@ class Chooser:
 def ask_hub(path: str, repo: str, llmstack: Any) -> Any:
     """Errors: UserError."""
     try:
-        return llmstack.hub_api(path, os.environ)
+        return llmstack.load_extra("download").hub_api(path, os.environ, None, llmstack)
     except urllib.error.HTTPError as exc:
         what = f"the model hub answers {exc.code} for {repo}"
         if exc.code in (401, 404):
@@ -298,13 +298,13 @@ def choose(args: Any, config: Optional[Any], llmstack: Any) -> Tuple[Choice, Cho
 def fetch(places: Any, name: str, llmstack: Any) -> None:
     """Download what the new tier needs, and wait for it. Errors: UserError."""
     config = llmstack.load_config(places)
-    jobs, _ = llmstack.plan_downloads(config, (name,), ("current",))
+    download = llmstack.load_extra("download")
+    jobs, _ = download.plan_downloads(config, (name,), ("current",), llmstack)
     if not jobs:
         return
-    known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
-    llmstack.start_downloads(places, jobs, known, os.environ, llmstack.say)
-    follow = llmstack.load_extra("download").follow_downloads
-    failed = follow(places, [job.name for job in jobs], llmstack.say, llmstack)
+    known, _ = download.plan_downloads(config, (), ("current", "next"), llmstack)
+    download.start_downloads(places, jobs, known, os.environ, llmstack.say, llmstack)
+    failed = download.follow_downloads(places, [job.name for job in jobs], llmstack.say, llmstack)
     if failed:
         raise llmstack.UserError(f"not downloaded: {', '.join(failed)}",
                                  f"mend what its line says, then `llmstack download {name}`")

@@ -12,6 +12,7 @@ examples:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import urllib.error
@@ -41,7 +42,7 @@ def ask_file(repo: str, file: str, rows: Mapping[str, Any], env: Mapping[str, st
     """One file of ask_repo. `rows`: path -> what the hub's paths-info says of it."""
     parts = [rows[part] for part in llmstack.split_parts(file) if part in rows]
     if len(parts) < len(llmstack.split_parts(file)):
-        others = llmstack.nearest_files(repo, file, env)
+        others = llmstack.load_extra("download").nearest_files(repo, file, env, llmstack)
         return {"exists": False, "problem": f"{repo} has no {file}{others}"}
     dates = [str((part.get("lastCommit") or {}).get("date") or "")[:10] for part in parts]
     return {
@@ -62,7 +63,8 @@ def ask_repo(repo: str, files: Sequence[str], env: Mapping[str, str],
     wanted = [part for file in files for part in llmstack.split_parts(file)]
     form = {"paths": wanted, "expand": "true"}
     try:
-        told = llmstack.hub_api(f"{repo}/paths-info/main", env, form)
+        hub_api = llmstack.load_extra("download").hub_api
+        told = hub_api(f"{repo}/paths-info/main", env, form, llmstack)
         rows = {str(row["path"]): row for row in told}
         return {file: ask_file(repo, file, rows, env, llmstack) for file in files}
     except urllib.error.HTTPError as exc:
@@ -97,6 +99,15 @@ def ask_hub(tiers: Sequence[Any], env: Mapping[str, str],
 
 
 # ---- the disk
+
+
+def file_sha256(path: str) -> str:
+    """The digest of a whole file, in hexadecimal digits. Errors: OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_begun(folder: str, sums: Sequence[str]) -> bool:
@@ -138,7 +149,7 @@ def local_state(weights: Any, env: Mapping[str, str], hub: Mapping[str, Any],
             return "damaged", f"it {damage}"
         is_cheap = llmstack.file_size(path) <= CHEAP_HASH_BYTES
         is_known = re.match(r"[0-9a-f]{64}\Z", expected)
-        if is_cheap and is_known and llmstack.file_sha256(path) != expected:
+        if is_cheap and is_known and file_sha256(path) != expected:
             return "damaged", "its SHA-256 is not the hub's"
     return "intact", ""
 
@@ -398,6 +409,14 @@ def all_drift(places: Any, config: Any, env: Mapping[str, str],
     return drift
 
 
+def probe_problems(config: Any, places: Any, llmstack: Any) -> List[str]:
+    """What a probe has found that keeps a tier from working, a line each."""
+    probes = llmstack.known_probes(llmstack.true_config(config, places), os.environ, places.data)
+    errors = {name: row.get("template_error") for name, row in probes.items()}
+    return [f"{name}: its template does not compile: {llmstack.visible(error)}"
+            for name, error in errors.items() if isinstance(error, str) and error]
+
+
 def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
                 names: Sequence[str], llmstack: Any) -> Dict[str, Any]:
     """The value `check --json` prints: what is configured, on the hub, here and queued, by tier.
@@ -407,7 +426,7 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
     """
     tiers = list(config.tiers)
     if names:
-        tiers = llmstack.named_tiers(config, names)
+        tiers = llmstack.load_extra("download").named_tiers(config, names, llmstack)
     hub: HubFiles = {}
     notes: List[str] = []
     asked = None
@@ -428,7 +447,7 @@ def check_stack(places: Any, config: Any, env: Mapping[str, str], offline: bool,
         row = tier_row(tier, drift.get(tier.name, []), unset.get(tier.name, ""), files)
         rows.append(row)
         needs += tier_needs(tier, row)
-    needs += [Need("", problem) for problem in llmstack.probe_problems(config, places)]
+    needs += [Need("", problem) for problem in probe_problems(config, places, llmstack)]
     notes += llmstack.refused_notes(config, env, places.data)
     fetch = [row["current"] for row in rows if "current" in row]
     fetch_bytes = sum(file["size_bytes"] or 0 for file in fetch if file["local"] == "missing")

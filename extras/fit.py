@@ -11,11 +11,85 @@ examples:
 from __future__ import annotations
 
 import os
+import re
 import textwrap
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 COLUMNS = 60                                    # of the table, where no name is long
 PARTS = ("weights", "KV", "state", "compute", "CUDA", "least cache")
+SOURCES = {                                     # what a tier's need is reckoned by
+    "local": "by its file",
+    "hub": "by its header on the hub",
+    "dimensions": "by its published dimensions",
+    "size_gb": "by size_gb x 1.1",
+    "broken": "its file is broken",
+    "unknown": "its size is not known",
+    "hosted": "hosted",
+}
+
+
+class Device(NamedTuple):
+    """What llama-server can load layers on; MiB."""
+
+    name: str                                   # as `device` of models.ini names it
+    description: str
+    total_mib: int
+    free_mib: int
+
+
+DEVICE = re.compile(r"\s+([\w.:-]+): (.+) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)\s*\Z")
+
+
+def parse_devices(text: str) -> List[Device]:
+    """What `llama-server --list-devices` prints. Source: arg.cpp, b11669."""
+    found = filter(None, map(DEVICE.match, text.splitlines()))
+    return [Device(m.group(1), m.group(2), int(m.group(3)), int(m.group(4))) for m in found]
+
+
+def list_devices(program: Sequence[str], llmstack: Any) -> List[Device]:
+    """The devices of a llama-server; none where it has none, or is too old to say."""
+    if not program:
+        return []
+    return parse_devices(llmstack.program_output([*program, "--list-devices"]))
+
+
+def fit_sets(config: Any, fits: Sequence[Any], budgets_gb: Sequence[float],
+             llmstack: Any) -> List[Tuple[Tuple[str, ...], float]]:
+    """Every set of the matrix, whether or not it fits, with what it needs in GB.
+
+    With a budget, the sets that grow within it follow.
+    """
+    need = {f.name: f.need_gb for f in fits}
+    needs = {f.name: f.needs for f in fits}
+    sets = [s.tiers for s in llmstack.residency_sets(config)]
+    grown = []
+    if budgets_gb:
+        known = config._replace(tiers=tuple(t for t in config.tiers if t.name in need))
+        grown = [s.tiers for s in llmstack.residency_sets(known, needs, budgets_gb)]
+    sets += [tiers for tiers in grown if len(tiers) > 1 and tiers not in sets]
+    return [(tiers, sum(need[t] for t in tiers)) for tiers in sets if need.keys() >= set(tiers)]
+
+
+def running_machine(places: Any, config: Any, llmstack: Any) -> Optional[Any]:
+    """The budget that the project's daemon goes by, None where there is none.
+
+    It was taken before the daemon's own models filled the card. A memory_gb in models.ini is news.
+    """
+    record = llmstack.running_record(places)
+    if record is None:
+        return None
+    told = llmstack.asked_json(llmstack.router_upstream(record, places.env), "/llmstack/memory")
+    budget_gb, host_gb, source = told.get("budget_gb"), told.get("host_gb"), told.get("source")
+    if not isinstance(budget_gb, float) or not isinstance(host_gb, float):
+        return None
+    if config.memory_gb or not isinstance(source, str) or "memory_gb" in source:
+        return None
+    cards = told.get("cards")
+    each: Tuple[float, ...] = ()
+    if isinstance(cards, list):
+        each = tuple(gb for gb in cards if isinstance(gb, float))
+    has_gpu, has_cuda = told.get("gpu") is True, told.get("cuda") is True
+    return llmstack.Machine(budget_gb, source, has_gpu, has_cuda, host_gb, each)
 
 
 def chosen_tiers(config: Any, names: Sequence[str], llmstack: Any) -> List[str]:
@@ -33,7 +107,7 @@ def wrapped(text: str, indent: str) -> List[str]:
                          break_long_words=False, break_on_hyphens=False)
 
 
-def card_words(needs: Sequence[float], cards: Sequence[int], devices: Sequence[Any]) -> str:
+def card_words(needs: Sequence[float], cards: Sequence[int], devices: Sequence[Device]) -> str:
     """`4.20 on CUDA0 and 2.10 on CUDA1`, by the names that llama-server gives them."""
     words = []
     for card in cards:
@@ -42,7 +116,7 @@ def card_words(needs: Sequence[float], cards: Sequence[int], devices: Sequence[A
     return " and ".join(words)
 
 
-def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> List[str]:
+def tier_lines(fit: Any, width: int, devices: Sequence[Device], llmstack: Any) -> List[str]:
     """A tier's row, and below it what it is made of and where that is known from."""
     total, largest, parts = f"~{fit.need_gb:.1f}", "?", []
     if fit.memory is not None:
@@ -55,7 +129,7 @@ def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> L
         parts.append(f"prompt cache up to {fit.cache_mib * llmstack.MIB / 1e9:.2f}")
     if fit.cards:
         parts.append(card_words(fit.needs, fit.cards, devices))
-    parts.append(llmstack.FIT_SOURCES[fit.source])
+    parts.append(SOURCES[fit.source])
     verdict = llmstack.paint("does not fit", "31")
     if fit.fits:
         verdict = llmstack.paint("fits", "32")
@@ -63,7 +137,7 @@ def tier_lines(fit: Any, width: int, devices: Sequence[Any], llmstack: Any) -> L
     return [row, *wrapped(", ".join(parts), "  "), *wrapped(fit.note, "  ")]
 
 
-def device_lines(devices: Sequence[Any], llmstack: Any) -> List[str]:
+def device_lines(devices: Sequence[Device], llmstack: Any) -> List[str]:
     lines = []
     for device in devices:
         size_gb = device.total_mib * llmstack.MIB / 1e9
@@ -73,7 +147,7 @@ def device_lines(devices: Sequence[Any], llmstack: Any) -> List[str]:
     return lines
 
 
-def fit_lines(machine: Any, devices: Sequence[Any], fits: Sequence[Any],
+def fit_lines(machine: Any, devices: Sequence[Device], fits: Sequence[Any],
               sets: Sequence[Dict[str, Any]], llmstack: Any) -> List[str]:
     width = max([4, *(len(fit.name) for fit in fits)])
     lines = wrapped(f"Budget {machine.budget_gb:.1f} GB: {machine.source}", "")
@@ -98,21 +172,20 @@ def together_rows(config: Any, fits: Sequence[Any], budgets_gb: Sequence[float],
     """The sets of tiers that are loaded together, and whether each fits."""
     needs_of = {fit.name: fit.needs for fit in fits}
     rows = []
-    for tiers, need_gb in llmstack.fit_sets(config, fits, budgets_gb):
+    for tiers, need_gb in fit_sets(config, fits, budgets_gb, llmstack):
         each_gb = llmstack.needs_together(needs_of[name] for name in tiers)
         rows.append({"tiers": tiers, "need_gb": need_gb, "each_gb": each_gb,
                      "fits": llmstack.fits_together([each_gb], budgets_gb)})
     return rows
 
 
-def seen_devices(config: Any, places: Any, llmstack: Any) -> List[Any]:
+def seen_devices(config: Any, places: Any, llmstack: Any) -> List[Device]:
     """What llama-server lists; nothing where there is none to ask."""
     try:
         program = llmstack.find_llama_server(config, places.env, places.data)
     except llmstack.UserError:                  # which is said where it matters
         return []
-    devices: List[Any] = llmstack.list_devices(program)
-    return devices
+    return list_devices(program, llmstack)
 
 
 def as_row(fit: Any) -> Dict[str, Any]:
@@ -135,7 +208,7 @@ def main(argv: Sequence[str], llmstack: Any) -> Any:
     chosen = chosen_tiers(config, args.tiers, llmstack)
     config = config.on_channel(llmstack.chosen_channel(places, config, args.next))
     config = llmstack.true_config(config, places, llmstack.warn)
-    machine = llmstack.running_machine(places, config) or llmstack.this_machine(config)
+    machine = running_machine(places, config, llmstack) or llmstack.this_machine(config)
     devices = seen_devices(config, places, llmstack) if machine.gpu else []
     fits = llmstack.measure_tiers(config, machine, os.environ, True)
     fits = [fit for fit in fits if fit.name in chosen]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 
 class Held(NamedTuple):
@@ -131,6 +131,25 @@ def remove(held: Held, kept: Sequence[Held], cache: str) -> int:
         if is_ours and data not in needed and os.path.isfile(data):
             freed += os.stat(data).st_size
             os.unlink(data)
+    return freed
+
+
+def remove_agreed(unwanted: Sequence[Held], models: Sequence[Held], question: str, hint: str,
+                  llmstack: Any) -> Optional[int]:
+    """Delete these of the models, once a person says so; the bytes, or None where nobody does.
+
+    Without a question nobody is asked. Errors: UserError.
+    """
+    if question and not llmstack.agreed(question, "nothing is deleted", hint):
+        return None
+    kept = [held for held in models if held not in unwanted]
+    freed, cache = 0, llmstack.hub_cache_dir(os.environ)
+    for held in unwanted:
+        try:
+            freed += remove(held, kept, cache)
+        except OSError as exc:
+            raise llmstack.UserError(f"{held.name} cannot be deleted: {exc}",
+                                     llmstack.path_hint(exc)) from None
     return freed
 
 

@@ -58,6 +58,88 @@ class Verdict(NamedTuple):
     note: str = ""
 
 
+class Trial:
+    """A llama-server of our own for one tier, up for as long as its block runs.
+
+    Errors, at the block's beginning: UserError where the tier does not load.
+    """
+
+    def __init__(self, tier: Any, config: Any, places: Any, env: Mapping[str, str],
+                 llmstack: Any) -> None:
+        self.tier, self.config = tier, config
+        self.log = places.log(f"{tier.name}.log")
+        self.loaded_s = 0.0
+        self.process: Any = None
+        self.command: List[str] = []
+        self._places, self._env = places, env
+        self._llmstack = llmstack
+        # Any free port: two trials that look for the next one in the same moment get the same,
+        # and llama-server shares it. The key tells ours from a stranger, and keeps web pages out.
+        self._upstream = llmstack.Upstream("127.0.0.1", llmstack.free_port("127.0.0.1"))
+        self._upstream.key = os.urandom(16).hex()
+
+    def _spawn(self) -> None:
+        llmstack, data, env = self._llmstack, self._places.data, self._env
+        own_config = llmstack.tier_config(self.config, self.tier)
+        program = llmstack.find_llama_server(own_config, env, data)
+        refused = llmstack.probe_flags(program, self.config, data)
+        tier = llmstack.ready_tier(self.tier, env)
+        self.command = llmstack.server_command(program, tier, self.config, self._upstream.port,
+                                               refused)
+        own = {
+            **llmstack.without_credentials(env),
+            "LLMSTACK_API_KEY": "",
+            "LLAMA_API_KEY": self._upstream.key,
+            llmstack.STACK_VARIABLE: llmstack.new_mark(self._places.project),
+        }
+        self.process = llmstack.spawn(self.command, self.log, own)
+
+    def _wait_up(self, end_s: float) -> None:
+        llmstack = self._llmstack
+        while not self._is_up():
+            if self.process.poll() is not None or time.monotonic() > end_s:
+                raise llmstack.UserError(
+                    f"{self.tier.name} does not load:\n{llmstack.tail_of(self.log)}",
+                    f"see {self.log}; `llmstack check` looks at its file")
+            time.sleep(0.05)
+
+    def __enter__(self) -> Trial:
+        self._spawn()
+        began = time.monotonic()
+        try:
+            self._wait_up(began + self._llmstack.LOAD_TIMEOUT_S)
+        except BaseException:
+            self._end()
+            raise
+        self.loaded_s = time.monotonic() - began
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        pid, llmstack = self.process.pid, self._llmstack
+        started = llmstack.process_started(pid)
+        llmstack.stop_process(pid, started, llmstack.STOP_GRACE_S, self.process.poll)
+        self.process.wait()
+
+    def _is_up(self) -> bool:
+        try:
+            response, _ = self._upstream.get("/health", 5.0)
+        except (OSError, ValueError):
+            return False
+        return bool(response.status == 200)
+
+    def ask(self, path: str, body: Optional[Mapping[str, Any]] = None,
+            timeout_s: float = 10) -> Tuple[int, Dict[str, Any]]:
+        """(status, answer) of its server. Errors: OSError, ValueError."""
+        llmstack, method, data = self._llmstack, "GET", b""
+        if body is not None:
+            method, data = "POST", json.dumps(body).encode()
+        response, said = self._upstream.get(path, timeout_s, method, llmstack.JSON_LINE, body=data)
+        return response.status, llmstack.parse_json_object(said)
+
+
 class Reply(NamedTuple):
     """An answer to a chat."""
 
@@ -295,18 +377,36 @@ def cards_gb(llmstack: Any) -> float:
     return float(sum(card.used_gb for card in llmstack.nvidia_cards()))
 
 
+def keep_probe(data: str, identity: str, row: Mapping[str, Any], llmstack: Any) -> None:
+    """Keep what was found of a tier. Errors: UserError."""
+    path = llmstack.probes_file(data)
+    rows = llmstack.parse_json_object(llmstack.read_text(path))
+    kept = llmstack.newest_rows(rows, identity, row)
+    llmstack.write_atomic(path, json.dumps(kept, indent=1))
+
+
+def running_gb(places: Any, llmstack: Any) -> float:
+    """What the models that are loaded take by the daemon's own count; 0 where there is none."""
+    record = llmstack.running_record(places)
+    if record is None:
+        return 0.0
+    now = llmstack.asked_json(llmstack.router_upstream(record, places.env), "/llmstack/snapshot")
+    resident = llmstack.dict_of(now.get("memory")).get("resident")
+    return resident / 1e9 if isinstance(resident, (int, float)) else 0.0
+
+
 class Prober:
     """Measures the tiers of a configuration, one after the other."""
 
     def __init__(self, places: Any, config: Any, llmstack: Any) -> None:
         self.places, self.config = places, config
         self.llmstack = llmstack
-        found = llmstack.running_machine(places, config)
+        found = llmstack.load_extra("fit").running_machine(places, config, llmstack)
         self.machine = found or llmstack.this_machine(config)
 
     def check_room(self, fit: Any) -> None:
         """Errors: UserError where the running stack holds the memory that this takes."""
-        taken_gb = self.llmstack.running_gb(self.places)
+        taken_gb = running_gb(self.places, self.llmstack)
         if taken_gb and taken_gb + fit.need_gb > self.machine.budget_gb:
             raise self.llmstack.UserError(
                 f"{fit.name} needs {fit.need_gb:.1f} GB, and the running stack holds"
@@ -321,7 +421,7 @@ class Prober:
         least = tier._replace(cache_ram_mib=llmstack.LEAST_CACHE_MIB, ctx_checkpoints=1)
         row: Dict[str, Any] = {"tier": tier.name, "when": round(time.time())}
         before_gb = cards_gb(llmstack)
-        trial = llmstack.Trial(least, self.config, self.places, os.environ)
+        trial = Trial(least, self.config, self.places, os.environ, llmstack)
         try:
             with trial:
                 self._ask(trial, tier, row)
@@ -363,7 +463,7 @@ class Prober:
         data, llmstack = self.places.data, self.llmstack
         name = llmstack.probe_identity(tier, self.config, os.environ, data)
         if name:
-            llmstack.keep_probe(data, name, row)
+            keep_probe(data, name, row, llmstack)
 
     def _ask(self, trial: Any, tier: Any, row: Dict[str, Any]) -> None:
         """Put into `row` what a loaded tier says. Errors: OSError, ValueError."""

@@ -29,14 +29,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.say("Other projects and programs may use them.")
     question = f"Delete these {len(unnamed)}? [y/N] "
     hint = "say --yes, or delete one: llmstack rm MODEL"
-    if not (args.yes or llmstack.agreed(question, "nothing is deleted", hint)):
+    if args.yes:
+        question = ""
+    freed = listing.remove_agreed(unnamed, models, question, hint, llmstack)
+    if freed is None:
         return 0
-    kept, freed = [held for held in models if held.tiers], 0
-    try:
-        for held in unnamed:
-            freed += listing.remove(held, kept, llmstack.hub_cache_dir(os.environ))
-    except OSError as exc:
-        raise llmstack.UserError(f"{held.name} cannot be deleted: {exc}",
-                                 llmstack.path_hint(exc)) from None
     llmstack.say(f"{freed / 1e9:,.2f} GB are free again.")
     return 0

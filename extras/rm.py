@@ -30,13 +30,10 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
         raise llmstack.UserError(f"{held.name} belongs to {', '.join(held.tiers)}",
                                  "take it out of models.ini first, or say --force")
     question = f"Delete {held.name} ({held.size_bytes / 1e9:,.2f} GB)? [y/N] "
-    if not (args.yes or llmstack.agreed(question, "nothing is deleted", "say --yes")):
+    if args.yes:
+        question = ""
+    freed = listing.remove_agreed([held], models, question, "say --yes", llmstack)
+    if freed is None:
         return 0
-    kept = [other for other in models if other is not held]
-    try:
-        freed = listing.remove(held, kept, llmstack.hub_cache_dir(os.environ))
-    except OSError as exc:
-        raise llmstack.UserError(f"{held.name} cannot be deleted: {exc}",
-                                 llmstack.path_hint(exc)) from None
     llmstack.say(f"Deleted {held.name}: {freed / 1e9:,.2f} GB are free again.")
     return 0

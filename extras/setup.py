@@ -52,7 +52,9 @@ def setup_jobs(setup: Setup, llmstack: Any,
                labels: Sequence[str] = ("current", "next")) -> List[Any]:
     """The downloads of what is not here yet."""
     cache = llmstack.hub_cache_dir(setup.env)
-    jobs, _ = llmstack.plan_downloads(llmstack.load_config(setup.places), (), labels)
+    config = llmstack.load_config(setup.places)
+    plan_downloads = llmstack.load_extra("download").plan_downloads
+    jobs, _ = plan_downloads(config, (), labels, llmstack)
     return [job for job in jobs
             if not all(llmstack.local_file(cache, job.repo, file) for file in job.files)]
 
@@ -197,10 +199,11 @@ def setup_download(setup: Setup, llmstack: Any) -> str:
     if not jobs:
         return f"every model is in {cache}"
     config = llmstack.load_config(setup.places)
-    known, _ = llmstack.plan_downloads(config, (), ("current", "next"))
+    download = llmstack.load_extra("download")
+    known, _ = download.plan_downloads(config, (), ("current", "next"), llmstack)
     names = ", ".join(job.name for job in jobs)
     hub = llmstack.hub_endpoint(setup.env)
-    llmstack.load_extra("download").check_reached("the model hub", hub, llmstack)
+    download.check_reached("the model hub", hub, llmstack)
     setup.say(f"{len(jobs)} of {len(known)} models, {hub_gb(jobs, setup.env, llmstack):,.1f} GB"
               f" from {hub}: {names}")
     answer = setup.ask(f"      Fetch them into {cache} now? [y/N] ")
@@ -209,7 +212,7 @@ def setup_download(setup: Setup, llmstack: Any) -> str:
                                  "run `llmstack setup --yes`, or `llmstack download`")
     if not answer:
         raise Skipped("not wanted now; `llmstack download` fetches them")
-    pid = llmstack.start_downloads(setup.places, jobs, known, setup.env, setup.say)
+    pid = download.start_downloads(setup.places, jobs, known, setup.env, setup.say, llmstack)
     return f"{len(jobs)} of {len(known)} models to fetch, in the background (pid {pid}): {names}"
 
 
@@ -289,7 +292,8 @@ def setup_project(setup: Setup, llmstack: Any) -> str:
 def prove_tier(tier: Any, config: Any, setup: Setup, llmstack: Any) -> Tuple[float, str]:
     """(seconds that a tier takes to load here, what it says then). Errors: UserError."""
     body = {"prompt": "The capital of France is", "max_tokens": 8}
-    with llmstack.Trial(tier, config, setup.places, setup.env) as trial:
+    trial = llmstack.load_extra("probe").Trial(tier, config, setup.places, setup.env, llmstack)
+    with trial:
         try:
             _, said = trial.ask("/v1/completions", body, FIRST_ANSWER_S)
             return trial.loaded_s, str(said["choices"][0]["text"]).strip()
@@ -396,7 +400,8 @@ def setup_wired(setup: Setup, llmstack: Any) -> str:
     config = llmstack.load_config(setup.places)
     machine = llmstack.this_machine(config)
     fits = llmstack.measure_tiers(config, machine, setup.env, False)
-    need_gb = max((need for _, need in llmstack.fit_sets(config, fits)), default=0.0)
+    sets = llmstack.load_extra("fit").fit_sets(config, fits, (), llmstack)
+    need_gb = max((need for _, need in sets), default=0.0)
     advice = wired_limit_mb(megabytes(llmstack.total_memory_gb()), megabytes(need_gb),
                             megabytes(machine.budget_gb))
     if advice:

@@ -171,8 +171,10 @@ def test_a_hub_that_breaks_off_is_one_line(body: bytes) -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
+            env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+            download = llmstack.load_extra("download")
             with pytest.raises(llmstack.UserError, match="model hub"):
-                llmstack.hub_api("o/r", {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"})
+                download.hub_api("o/r", env, None, llmstack)
         finally:
             thread.join()
 

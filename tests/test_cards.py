@@ -20,6 +20,7 @@ Available devices:
   CUDA0: NVIDIA GeForce RTX 4090 (24081 MiB, 23650 MiB free)
   CUDA1: NVIDIA GeForce RTX 3060 (11907 MiB, 11800 MiB free)
 """
+FIT = llmstack.load_extra("fit")
 TWO = llmstack.Machine(36.0, "two cards", True, True, 48.0, (24.0, 12.0))
 
 
@@ -33,12 +34,12 @@ TWO = llmstack.Machine(36.0, "two cards", True, True, 48.0, (24.0, 12.0))
     ("Available devices:\n  (none)\n", []), ("error: invalid argument: --list-devices\n", []), ("", []),
 ])
 def test_what_llama_server_lists(text: str, found: list[Any]) -> None:
-    assert llmstack.parse_devices(text) == found
+    assert FIT.parse_devices(text) == found
 
 
 def test_a_real_llama_server_that_has_none(real_data: Path) -> None:
-    assert llmstack.list_devices(()) == []
-    assert llmstack.list_devices(("/bin/false",)) == []
+    assert FIT.list_devices((), llmstack) == []
+    assert FIT.list_devices(("/bin/false",), llmstack) == []
 
 
 def configured(*lines: str) -> llmstack.Config:
@@ -102,7 +103,8 @@ def test_fit_says_which_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     Path(places.models_ini).write_text(f"[a]\nrole = fast\npath = {made.absolute()}\ndevice = CUDA1\n"
                                        f"[b]\nrole = agent\npath = {made.absolute()}\n")
     monkeypatch.setattr(llmstack, "this_machine", lambda config: TWO)
-    monkeypatch.setattr(llmstack, "list_devices", lambda program: llmstack.parse_devices(CUDA))
+    monkeypatch.setattr(llmstack, "find_llama_server", lambda *_: ("llama-server",))
+    monkeypatch.setattr(llmstack, "program_output", lambda command: CUDA)
     assert llmstack.main(["fit"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "CUDA1: NVIDIA GeForce RTX 3060, 12.5 GB, 12.4 free now" in out

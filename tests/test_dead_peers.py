@@ -15,6 +15,8 @@ import pytest
 import llmstack
 from tests.scripted import Message, ScriptedUpstream, answer, reply_with, wait
 
+FIT, PROBE = llmstack.load_extra("fit"), llmstack.load_extra("probe")
+
 Patch = pytest.MonkeyPatch
 Answers = dict[str, Any]
 TIER = "[code-fast]\nrole = fast\npath = m.gguf\nctx_size = 8k\n"
@@ -245,7 +247,7 @@ def test_a_key_that_no_header_carries_is_said() -> None:
     ({"resident": 5_000_000_000}, 5.0), ({"resident": "much"}, 0.0), ({}, 0.0), ("none", 0.0)])
 def test_what_a_daemon_says_that_it_holds(daemon: Any, memory: Any, gb: float) -> None:
     places = daemon({"/llmstack/snapshot": {"memory": memory}})
-    assert llmstack.running_gb(places) == gb
+    assert PROBE.running_gb(places, llmstack) == gb
 
 
 BUDGET = {"budget_gb": 20.5, "host_gb": 48.0, "source": "2 NVIDIA cards", "gpu": True,
@@ -254,9 +256,9 @@ BUDGET = {"budget_gb": 20.5, "host_gb": 48.0, "source": "2 NVIDIA cards", "gpu":
 
 def test_the_budget_of_a_running_daemon_counts(daemon: Any) -> None:
     places = daemon({"/llmstack/memory": BUDGET})
-    found = llmstack.running_machine(places, llmstack.Config())
+    found = FIT.running_machine(places, llmstack.Config(), llmstack)
     assert found == llmstack.Machine(20.5, "2 NVIDIA cards", True, True, 48.0, (10.5, 10.0))
-    assert llmstack.running_machine(places, llmstack.Config(memory_gb=12.0)) is None
+    assert FIT.running_machine(places, llmstack.Config(memory_gb=12.0), llmstack) is None
 
 
 @pytest.mark.parametrize("change", [
@@ -264,12 +266,12 @@ def test_the_budget_of_a_running_daemon_counts(daemon: Any) -> None:
     {"source": "memory_gb in models.ini"}])
 def test_a_daemon_that_tells_no_budget_has_none(daemon: Any, change: dict[str, Any]) -> None:
     places = daemon({"/llmstack/memory": {**BUDGET, **change}})
-    assert llmstack.running_machine(places, llmstack.Config()) is None
+    assert FIT.running_machine(places, llmstack.Config(), llmstack) is None
 
 
 def test_a_daemon_that_is_older_tells_no_cards(daemon: Any) -> None:
     told = {name: value for name, value in BUDGET.items() if name != "cards"}
-    found = llmstack.running_machine(daemon({"/llmstack/memory": told}), llmstack.Config())
+    found = FIT.running_machine(daemon({"/llmstack/memory": told}), llmstack.Config(), llmstack)
     assert found is not None
     assert found.cards == ()
 

@@ -25,6 +25,7 @@ from tests.test_stack import until
 
 CHECK = llmstack.load_extra("check")
 SWAP = llmstack.load_extra("install-llama-swap")
+DOWNLOAD = llmstack.load_extra("download")
 PROGRAM = str(Path(llmstack.__file__).resolve())
 SECRET = "hf_" + "aB3" * 12
 BIG = b"GGUF" + random.Random(1).randbytes(4_000_000)
@@ -135,14 +136,14 @@ def test_all_parts_of_a_split_model() -> None:
 
 def test_current_files_come_first_and_hosted_tiers_are_left_out() -> None:
     config, _ = llmstack.parse_models_ini(INI + "[mine]\npath = x.gguf\n")
-    jobs, skipped = llmstack.plan_downloads(config, (), ("current", "next"))
+    jobs, skipped = DOWNLOAD.plan_downloads(config, (), ("current", "next"), llmstack)
     assert [job.name for job in jobs] == ["code-fast-current", "code-smart-current", "code-fast-next"]
     assert len(jobs[1].files) == 3
     assert jobs[0].beside == ("fast-Q6.gguf",)
     assert skipped == ["plan is hosted, so there is nothing to fetch", "mine is on this disk already: x.gguf"]
-    assert [job.name for job in llmstack.plan_downloads(config, ("fast",), ("next",))[0]] == ["code-fast-next"]
+    assert [job.name for job in DOWNLOAD.plan_downloads(config, ("fast",), ("next",), llmstack)[0]] == ["code-fast-next"]
     with pytest.raises(llmstack.UserError, match="did you mean code-fast"):
-        llmstack.plan_downloads(config, ("code-fats",), ("current",))
+        DOWNLOAD.plan_downloads(config, ("code-fats",), ("current",), llmstack)
 
 
 @pytest.mark.parametrize("file", ["../../x.gguf", "a/../../x", "/etc/passwd", "a\\..\\b", "..", "c:x", "a//b"])
@@ -273,10 +274,10 @@ def test_one_file_without_a_queue_is_held_to_the_hash_on_the_redirect(hub: FakeH
     said: list[str] = []
     hub.damaged = True
     with pytest.raises(llmstack.UserError, match="arrived damaged"):
-        llmstack.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None)
+        DOWNLOAD.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None, llmstack)
     assert here("owner/fast-GGUF", "fast-Q4.gguf") == b""
     hub.damaged = False
-    assert llmstack.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None) == len(BIG)
+    assert DOWNLOAD.fetch_job(job, str(real_data), os.environ, said.append, lambda **_: None, llmstack) == len(BIG)
     assert here("owner/fast-GGUF", "fast-Q4.gguf") == BIG
     assert said[-1] == "fast-Q4.gguf: whole, SHA-256 verified"
 
@@ -643,9 +644,10 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(hub: FakeHub, places: llm
 @pytest.mark.parametrize(("columns", "bar"), [(120, 24), (80, 10), (70, 0)])
 def test_the_bar_gives_way_and_the_words_stay(columns: int, bar: int) -> None:
     row = {"tier": "code-fast", "label": "current", "file": "x", "bytes": 12_300_000_000, "total_bytes": 45_000_000_000}
-    shown = llmstack.load_extra("download").Bar(llmstack)
-    shown._samples.extend([(0.0, 12_300_000_000 - 850_000_000), (10.0, 12_300_000_000)])
-    line = shown._line(row, 1, "", columns)
+    shown = DOWNLOAD.Bar(llmstack)
+    shown.note({**row, "bytes": 12_300_000_000 - 850_000_000}, 0.0)
+    shown.note(row, 10.0)
+    line = shown.line(row, 1, "", columns)
     assert len(line) <= columns
     assert line.endswith(" 27 % (+1) 12.3 of 45.0 GB, 85.0 MB/s, 6 min left")
     assert len(re.sub(r".*\[|\].*|^[^\[]*$", "", line)) == bar
@@ -850,7 +852,7 @@ def test_no_answer_of_a_hub_or_a_mirror_is_a_traceback(answer: bytes, hub: FakeH
     hub.nonsense = releases.nonsense = answer
     assert llmstack.main(["check", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["tiers"][0]["current"]["local"] == "missing"
-    assert isinstance(llmstack.nearest_files("owner/fast-GGUF", "x.gguf", os.environ), str)
+    assert isinstance(DOWNLOAD.nearest_files("owner/fast-GGUF", "x.gguf", os.environ, llmstack), str)
     assert llmstack.main(["install-llama-swap"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
 

@@ -18,6 +18,12 @@ PROBE = llmstack.load_extra("probe")
 NOTHING: tuple[int, dict[str, Any]] = (200, {})
 
 
+def hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `llmstack probe` run PROBE itself, so that a test can change it."""
+    load = llmstack.load_extra
+    monkeypatch.setattr(llmstack, "load_extra", lambda name: PROBE if name == "probe" else load(name))
+
+
 class Told:
     """A trial whose server answers what it was told to."""
 
@@ -233,11 +239,12 @@ def test_what_cannot_be_measured(
 ) -> None:
     assert llmstack.main(["probe", "code-fist"]) == 2
     assert "did you mean code-fast?" in capsys.readouterr().err
-    monkeypatch.setattr(llmstack, "running_gb", lambda places: 1e9)
+    hold(monkeypatch)
+    monkeypatch.setattr(PROBE, "running_gb", lambda *_: 1e9)
     assert llmstack.main(["probe"]) == 1
     assert "the running stack holds 1000000000.0 of" in capsys.readouterr().err
     Path("noise.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(llmstack, "running_gb", lambda places: 0.0)
+    monkeypatch.setattr(PROBE, "running_gb", lambda *_: 0.0)
     assert llmstack.main(["probe"]) == 1
     assert "code-fast does not load" in capsys.readouterr().err
     Path("noise.gguf").unlink()
@@ -255,7 +262,7 @@ def test_a_signal_leaves_no_server(
         return ""
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(llmstack, "load_extra", lambda name: PROBE)
+    hold(monkeypatch)
     monkeypatch.setattr(PROBE, "template_error", ended)
     assert llmstack.main(["probe"]) == 130
     assert signal.getsignal(signal.SIGTERM) is before
@@ -264,7 +271,7 @@ def test_a_signal_leaves_no_server(
 
 def test_old_measurements_give_way(places: llmstack.Places) -> None:
     for number in range(llmstack.MAX_PROBES + 3):
-        llmstack.keep_probe(places.data, str(number), {"tier": "a"})
+        PROBE.keep_probe(places.data, str(number), {"tier": "a"}, llmstack)
     kept = json.loads(Path(llmstack.probes_file(places.data)).read_text())
     assert list(kept) == [str(n) for n in range(3, llmstack.MAX_PROBES + 3)]
 

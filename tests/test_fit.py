@@ -22,6 +22,7 @@ MEMORY_PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 BUNDLED = (ROOT / "models.ini").read_text(encoding="utf-8")
 
 
+FIT = llmstack.load_extra("fit")
 ON_GPU = llmstack.LoadOptions(gpu_layers=999)
 
 
@@ -523,7 +524,7 @@ def test_the_embedded_engine_counts_by_header(config: llmstack.Config) -> None:
     engine = llmstack.Engine(config, lambda *_: [], log, str, llmstack.EnginePlan({}, 60.0, fits=known))
     assert engine.models["code-fast"].gb == 5.3
     assert engine.models["plan-uncensored"].gb == pytest.approx(13 * 1.1)       # no header: size_gb and a tenth
-    assert engine._costs["code-smart"] == llmstack.evict_cost(27)
+    assert engine.models["code-smart"].cost == llmstack.evict_cost(27)
 
 
 # ---- The machine
@@ -811,7 +812,7 @@ def memory_table() -> Iterator[str]:
         for t, f in zip(config.tiers, found):
             beside = f" and {f.host_gb:.1f} beside it" if dict(t.server).get("n_cpu_moe") else ""
             cells.append(f"{t.description.partition(' - ')[0]}, {t.ctx_size // 1024}k: {f.need_gb:.1f} GB{beside}")
-        most = max((need, tiers) for tiers, need in llmstack.fit_sets(config, found) if need <= budget)
+        most = max((need, tiers) for tiers, need in FIT.fit_sets(config, found, (), llmstack) if need <= budget)
         host = llmstack.PROFILES[name].host_gb
         usable = f"{budget:g} GB and {host:g} beside it" if host else f"{budget:g} GB"
         yield f"| {name} | {usable} | " + " | ".join(cells) + f" | {' + '.join(most[1])}: {most[0]:.1f} GB |"
@@ -827,7 +828,7 @@ def sets_table() -> Iterator[str]:
     yield "|---|---|---|---|"
     config, found = tiers_of("64")
     weights = {f.name: f.memory.weights / 1e9 if f.memory else t.size_gb for t, f in zip(config.tiers, found)}
-    for tiers, need in llmstack.fit_sets(config, found):
+    for tiers, need in FIT.fit_sets(config, found, (), llmstack):
         note = "" if need <= 51.5 else "needs the raised limit" if need <= 60.1 else "never together"
         yield f"| {' + '.join(tiers)} | {sum(weights[t] for t in tiers):.1f} GB | {need:.1f} GB | {note} |"
 

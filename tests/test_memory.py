@@ -52,7 +52,7 @@ def test_the_token_embedding_stays_on_the_host(file: str, mib: int) -> None:
     memory = llmstack.estimate_memory(header, 8192, ON_CUDA)
     assert header.embd_bytes / MIB == pytest.approx(mib, abs=1)
     assert memory.host > header.embd_bytes
-    assert memory.card + memory.host == memory.total
+    assert sum(memory.each) + memory.host == memory.total
     assert llmstack.estimate_memory(header, 8192).host == 0
 
 
@@ -82,7 +82,7 @@ def test_a_card_and_the_host_have_a_limit_each() -> None:
     one = fit(24, 16)
     assert one.fits
     assert one.memory is not None
-    assert (one.need_gb, one.host_gb) == (one.memory.card / 1e9, one.memory.host / 1e9)
+    assert (one.need_gb, one.host_gb) == (sum(one.memory.each) / 1e9, one.memory.host / 1e9)
     assert not fit(one.need_gb - 0.01, 16).fits
     assert not fit(24, one.host_gb - 0.01).fits
     shared = llmstack.fit_tier(config.tiers[0], config, llmstack.Machine(24, "", True, True), header, "local", "")

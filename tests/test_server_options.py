@@ -244,7 +244,7 @@ def test_llama_swap_starts_without_a_file_that_one_tier_lacks(tmp_path: Path) ->
 
 def test_they_are_downloaded_with_the_model() -> None:
     config = configured("[a]\nhf_repo = o/m\nhf_file = m.gguf\nmmproj = o/m:mmproj.gguf\ndraft = o/d:d.gguf\n")
-    jobs, _ = llmstack.plan_downloads(config, (), ("current",))
+    jobs, _ = llmstack.load_extra("download").plan_downloads(config, (), ("current",), llmstack)
     assert [(job.tier, job.repo, job.files) for job in jobs] == [
         ("a", "o/m", ("m.gguf", "mmproj.gguf")), ("a.more1", "o/d", ("d.gguf",))]
     assert all(llmstack.parse_job(job._asdict()) == job for job in jobs)

@@ -263,7 +263,9 @@ def test_a_profiles_models_ini_is_known_again_with_its_ultra_tier(monkeypatch: p
 
 def test_what_will_be_fetched_is_named_in_gb_and_asked_for(hub: FakeHub, no_server: None, home: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "start_downloads", lambda *_: 7)
+    monkeypatch.setattr(test_download.DOWNLOAD, "start_downloads", lambda *_: 7)
+    load = llmstack.load_extra
+    monkeypatch.setattr(llmstack, "load_extra", lambda name: test_download.DOWNLOAD if name == "download" else load(name))
     places = llmstack.find_places(os.environ)
     Path(places.state).mkdir()
     Path(places.models_ini).write_text(test_download.INI)
@@ -429,7 +431,7 @@ def test_without_the_models_ini_that_was_meant_nothing_is_fetched(written: str |
                                                                   monkeypatch: pytest.MonkeyPatch,
                                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """The bundled file would take its place, and its 70 GB."""
-    monkeypatch.setattr(llmstack, "start_downloads", lambda *_: pytest.fail("fetched what nobody has chosen"))
+    monkeypatch.setattr(llmstack, "install_environment", lambda *_: pytest.fail("fetched what nobody has chosen"))
     if written is None:
         Path(".llmstack").write_text("a file where a directory belongs")
     elif written:

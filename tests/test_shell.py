@@ -1037,10 +1037,10 @@ def test_a_projects_name_in_a_prompt_is_letters(name: str) -> None:
 
 
 def test_the_hook_is_known_by_its_own_shell_only() -> None:
-    assert llmstack.hook_of({"LLMSTACK_HOOK": "2:zsh:/p:q", "SHLVL": "2"}) == ("zsh", "/p:q")
-    assert llmstack.hook_of({"LLMSTACK_HOOK": "2:zsh:/p", "SHLVL": "3"}) == ("", "")
-    assert llmstack.hook_of({"LLMSTACK_HOOK": "2:csh:/p", "SHLVL": "2"}) == ("", "")
-    assert llmstack.hook_of({}) == ("", "")
+    assert llmstack.hooked_shell({"LLMSTACK_HOOK": "2:zsh:/p:q", "SHLVL": "2"}) == "zsh"
+    assert llmstack.hooked_shell({"LLMSTACK_HOOK": "2:zsh:/p", "SHLVL": "3"}) == ""
+    assert llmstack.hooked_shell({"LLMSTACK_HOOK": "2:csh:/p", "SHLVL": "2"}) == ""
+    assert llmstack.hooked_shell({}) == ""
 
 
 def test_windows_has_powershell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tests.fake_hub import FakeHub
 from tests.test_download import worker_gone
 from tests.test_fit import REPORTER, ROOT, reported, without_cache
 
+PROBE = llmstack.load_extra("probe")
 CARD = llmstack.Machine(24.0, "a card", True, True, 48.0)
 MOE: dict[str, Any] = {"experts": 16, "used": 8, "expert_ff": 768}
 
@@ -196,7 +197,7 @@ def test_a_request_of_a_tier_with_slots_may_fill_its_context(
     from tests.noise_model import render_noise_gguf
     Path("noise.gguf").write_bytes(render_noise_gguf())
     config = write_ini("[a]", "path = ../noise.gguf", "ctx_size = 2048", "parallel = 4")
-    with llmstack.Trial(config.tiers[0], config, places, os.environ) as trial:
+    with PROBE.Trial(config.tiers[0], config, places, os.environ, llmstack) as trial:
         props = trial.ask("/props")[1]
     assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (4, 2048)
 
@@ -209,7 +210,7 @@ def test_two_trials_at_once_each_have_a_server_of_their_own(
     Path("noise.gguf").write_bytes(render_noise_gguf())
     config = write_ini("[a]", "path = ../noise.gguf", "ctx_size = 2048",
                        "[b]", "path = ../noise.gguf", "ctx_size = 1024")
-    trials = [llmstack.Trial(tier, config, places, os.environ) for tier in config.tiers]
+    trials = [PROBE.Trial(tier, config, places, os.environ, llmstack) for tier in config.tiers]
     with trials[0] as first, trials[1] as second:
         for _ in range(8):
             contexts = [trial.ask("/props")[1]["default_generation_settings"]["n_ctx"]

@@ -192,7 +192,7 @@ def test_check_takes_names_and_refuses_wrong_ones(project: Path, monkeypatch: py
     assert [row["tier"] for row in found["tiers"]] == ["a"]
     assert all(need.startswith("a ") for need in found["needs"])
     assert llmstack.main(["check", "--offline", "c"]) == 2
-    assert "there is no tier c in models.ini" in capsys.readouterr().err
+    assert "there is no tier 'c'" in capsys.readouterr().err
 
 
 def test_check_says_in_one_line_what_to_do(project: Path, monkeypatch: pytest.MonkeyPatch,
