@@ -513,6 +513,10 @@ class Facts(NamedTuple):
 # ==================================================================================================
 # PURE: LADDER
 # ==================================================================================================
+# A body is counted once, into Facts. They choose a rung, and the rung a role. From that role's order
+# of the tiers (config.preferences) those are left out that do not hold the request, and those that
+# are down: what remains is the decision's chain. Its first tier is asked, and the next upon a
+# failure. Reasons are made in words only when somebody asks for them.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -546,6 +550,8 @@ _WIDE = re.compile(
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
     "\U00020000-\U0003fffd\u231a-\u23ff\u25fd\u25fe\u2600-\u27bf\u2b1b-\u2b55]"
 )
+# A line that opens a fenced block, within lists and quotes, too. Backticks behind the fence make the
+# line a span of code (CommonMark 4.5).
 _FENCE = re.compile(r"[ \t]*(?:(?:[-*+>]|[0-9]{1,9}[.)])[ \t]*)*(`{3,}(?=[^`]*\Z)|~{3,})")
 _TICKS = re.compile("`+")
 
@@ -661,12 +667,6 @@ def tier_named(config: Config, model: str) -> str:
     return ""
 
 
-def _alias_target(config: Config, target: str) -> str:
-    """The tier that a tier's name or a role stands for; `auto` where no tier has the role."""
-    tier = config.by_name(target) or config.by_role(target)
-    return tier.name if tier else "auto"
-
-
 def resolve_name(config: Config, model: object) -> str:
     """The name of the tier that a request's model means, `auto`, or "" where it means none.
 
@@ -683,7 +683,10 @@ def resolve_name(config: Config, model: object) -> str:
     from fnmatch import fnmatchcase
     for pattern, target in config.aliases:
         if any(fnmatchcase(name, pattern) for name in spellings):
-            return _alias_target(config, target)
+            tier = config.by_name(target) or config.by_role(target)
+            if tier is None:                    # a role that no tier here has
+                return "auto"
+            return tier.name
     if config.unknown_model == "auto":
         return "auto"
     return ""
@@ -910,15 +913,15 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in body:
+    for key, value in body.items():
         if key not in _COUNTED_KEYS:
             continue
         if key in _SYSTEM_KEYS:
-            systems.append(body[key])
+            systems.append(value)
         if key not in _SCHEMA_KEYS:
-            tally.add_content(body[key])
-        elif body[key]:
-            tally.add_aside(body[key])
+            tally.add_content(value)
+        elif value:
+            tally.add_aside(value)
     prompt = body.get("prompt")
     if isinstance(prompt, str) and not messages:
         turns = 1
@@ -1028,31 +1031,7 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-BELOW_THE_TIER_TAKEN = "below the tier taken"
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
-
-
-def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], config: Config) -> str:
-    """Why `tier` was not taken, in words."""
-    if tier.role not in LADDER_ROLES:
-        return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
-    if config.local_only and tier.remote:
-        return f"{tier.name} is hosted, and {LOCAL_ONLY}"
-    need = tokens_needed(facts, tier)
-    if need > tier.ctx_size:
-        return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
-    if tier.name in down:
-        return f"{tier.name} is left alone for now: {down[tier.name]}"
-    names = [t.name for t in config.ladder]
-    if names.index(tier.name) > names.index(chosen):
-        return BELOW_THE_TIER_TAKEN
-    if facts.fim:
-        return "infill goes to the fast tier"
-    routing, tokens = config.routing, facts.tokens
-    if tier.role == "ultra":
-        return f"{tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
-    return (f"{tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
-            f" and {facts.turns} user turns < {routing.multi_turn}")
 
 
 def _blind(facts: Facts, config: Config) -> Dict[str, str]:
@@ -1069,17 +1048,6 @@ def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str
         if left:
             return left
     return holds[:1]
-
-
-def _tier_after(decision_of: Tuple[Facts, Config, Mapping[str, str]], fewer: int, more: int) -> str:
-    """The tier of the same request with so many tokens fewer and so many user turns more."""
-    facts, config, down = decision_of
-    changed = facts._replace(
-        chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0),
-        wide=max(facts.wide - fewer, 0),
-        classes=max(facts.classes - fewer, 0),
-        turns=facts.turns + more)
-    return decide(changed, config, down).tier
 
 
 class Pace(NamedTuple):
@@ -1132,32 +1100,6 @@ def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int
     return max(new_s - old_s, 0.0)
 
 
-def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
-    """The smallest change that moves a request above the tier `chosen`, "" where none does."""
-    ladder, routing = config.ladder, config.routing
-    names = [t.name for t in ladder]
-    higher = ladder[:names.index(chosen)]
-    if facts.fim:
-        return ""
-    this = facts, config, down
-    found = []
-    steps = {facts.tokens - routing.high_fidelity_ceiling,
-             facts.tokens - routing.mid_fidelity_ceiling,
-             *(tokens_needed(facts, t) - t.ctx_size for t in higher)}
-    for fewer in steps:
-        if fewer > 0:
-            found.append((fewer, f"{fewer:,} fewer tokens", _tier_after(this, fewer, 0)))
-    more = routing.multi_turn - facts.turns
-    if more > 0:
-        plural = "" if more == 1 else "s"
-        found.append((more, f"{more} more user turn{plural}", _tier_after(this, 0, more)))
-    better = {t.name for t in higher}
-    for _, words, tier in sorted(found):
-        if tier in better:
-            return f"{words} \u2192 {tier}"
-    return ""
-
-
 class Decision(NamedTuple):
     """Where a request goes and why; log line, response headers and `why` are all made from it."""
 
@@ -1174,6 +1116,27 @@ class Decision(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.facts.tokens
+
+    def _why_not(self, tier: Tier) -> str:
+        """Why a tier was not taken, in words."""
+        facts, routing, ladder = self.facts, self.config.routing, self.config.ladder
+        if tier.role not in LADDER_ROLES:
+            return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
+        if self.config.local_only and tier.remote:
+            return f"{tier.name} is hosted, and {LOCAL_ONLY}"
+        need = tokens_needed(facts, tier)
+        if need > tier.ctx_size:
+            return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
+        if tier.name in self.down:
+            return f"{tier.name} is left alone for now: {self.down[tier.name]}"
+        if ladder.index(tier) > ladder.index(self.chain[0]):
+            return "below the tier taken"
+        if facts.fim:
+            return "infill goes to the fast tier"
+        if tier.role == "ultra":
+            return f"{facts.tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
+        return (f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
+                f" and {facts.turns} user turns < {routing.multi_turn}")
 
     def _reason_of_rung(self) -> str:
         role, words = RUNGS[self.rung]
@@ -1200,8 +1163,7 @@ class Decision(NamedTuple):
             return (f"{reason}; no tier holds {need:,} tokens,"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
-            why = _why_not(best, chosen.name, self.facts, self.down, self.config)
-            return f"{reason}; {why}, so {chosen.name}"
+            return f"{reason}; {self._why_not(best)}, so {chosen.name}"
         return reason
 
     @property
@@ -1209,8 +1171,8 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         if self.rung == "explicit":
             return {}
-        refused = {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                   for t in self.config.tiers if t.name != self.tier}
+        others = [t for t in self.config.tiers if t.name != self.tier]
+        refused = {t.name: self._why_not(t) for t in others}
         if self.stays:
             refused[self.chain[1].name] = f"the conversation stays on {self.tier}, {self.stays}"
         return refused
@@ -1218,19 +1180,45 @@ class Decision(NamedTuple):
     @property
     def passed_over(self) -> Dict[str, str]:
         """The tiers of the ladder above the one taken, with the reason for each."""
-        over: Dict[str, str] = {}
-        for tier in self.config.ladder:
-            if tier.name == self.tier:
-                break
-            over[tier.name] = _why_not(tier, self.tier, self.facts, self.down, self.config)
-        return over
+        return {tier.name: self._why_not(tier) for tier in self._above}
+
+    @property
+    def _above(self) -> Tuple[Tier, ...]:
+        """The tiers of the ladder above the one taken."""
+        ladder = self.config.ladder
+        return ladder[:ladder.index(self.chain[0])]
+
+    def _tier_after(self, fewer: int, more: int) -> str:
+        """The tier of the same request with so many tokens fewer and so many user turns more."""
+        facts = self.facts
+        changed = facts._replace(
+            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0),
+            wide=max(facts.wide - fewer, 0),
+            classes=max(facts.classes - fewer, 0),
+            turns=facts.turns + more)
+        return decide(changed, self.config, self.down).tier
 
     @property
     def nearest(self) -> str:
-        """The smallest change that would move the request up the ladder, "" at its top."""
-        if self.rung == "explicit":
+        """The smallest change that would move the request up the ladder, "" where none does."""
+        facts, routing = self.facts, self.config.routing
+        if self.rung in ("explicit", "fim"):
             return ""
-        return _nearest(self.facts, self.config, self.tier, self.down)
+        above = self._above
+        steps = {facts.tokens - routing.high_fidelity_ceiling,
+                 facts.tokens - routing.mid_fidelity_ceiling,
+                 *(tokens_needed(facts, t) - t.ctx_size for t in above)}
+        found = [(fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0))
+                 for fewer in steps if fewer > 0]
+        more = routing.multi_turn - facts.turns
+        if more > 0:
+            plural = "" if more == 1 else "s"
+            found.append((more, f"{more} more user turn{plural}", self._tier_after(0, more)))
+        better = {t.name for t in above}
+        for _, words, tier in sorted(found):
+            if tier in better:
+                return f"{words} \u2192 {tier}"
+        return ""
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
@@ -1257,6 +1245,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
+        # The largest says best how far a request is too long, and its server may count fewer.
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
     return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
