@@ -513,10 +513,10 @@ class Facts(NamedTuple):
 # ==================================================================================================
 # PURE: LADDER
 # ==================================================================================================
-# A body is counted once, into Facts. They choose a rung, and the rung a role. From that role's order
-# of the tiers (config.preferences) those are left out that do not hold the request, and those that
+# A body is counted once, into Facts. They choose a rung, and the rung chooses a role. That role's
+# order of the tiers (config.preferences) loses those that do not hold the request and those that
 # are down: what remains is the decision's chain. Its first tier is asked, and the next upon a
-# failure. Reasons are made in words only when somebody asks for them.
+# failure. Reasons are put into words only when somebody asks for them.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -550,8 +550,8 @@ _WIDE = re.compile(
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
     "\U00020000-\U0003fffd\u231a-\u23ff\u25fd\u25fe\u2600-\u27bf\u2b1b-\u2b55]"
 )
-# A line that opens a fenced block, within lists and quotes, too. Backticks behind the fence make the
-# line a span of code (CommonMark 4.5).
+# A line that opens a fenced block, in lists and quotes, too. A backtick behind a fence of backticks
+# makes that a span of code instead (CommonMark 4.5).
 _FENCE = re.compile(r"[ \t]*(?:(?:[-*+>]|[0-9]{1,9}[.)])[ \t]*)*(`{3,}(?=[^`]*\Z)|~{3,})")
 _TICKS = re.compile("`+")
 
@@ -8323,6 +8323,10 @@ class Client:
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
+    def reply_json(self, value: Any, status: int = 200, extra: bytes = b"") -> None:
+        """Answer ourselves with a value as JSON."""
+        self.reply(status, json.dumps(value, ensure_ascii=False).encode(), extra=extra)
+
     def connection_line(self) -> bytes:
         """The header line that says whether the connection stays, where its version does not."""
         if not self.keep_alive:
@@ -8793,13 +8797,14 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             raise UpstreamBroken("its head does not end")
 
 
-_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+# Asks for a stream whose end can be read and added to.
+UNCOMPRESSED = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
-def uncompressed(request: Request) -> Request:
-    """The request, asking for a stream whose end can be read and added to."""
-    others = tuple(h for h in request.headers if h[0] != b"accept-encoding")
-    return request._replace(headers=(*others, _IDENTITY))
+def with_header(request: Request, header: Header) -> Request:
+    """The request with a header instead of any of the same name."""
+    others = tuple(h for h in request.headers if h[0] != header[0])
+    return request._replace(headers=(*others, header))
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
@@ -9479,26 +9484,24 @@ class Host(Upstream):
 
         Errors: OSError; ClientGone, when the client goes meanwhile.
         """
+        # The first in it is the result: a connection, or that nobody waits for one any more.
         got: List[Union[socket.socket, OSError]] = []
-        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
+        done = threading.Event()
 
         def dial() -> None:
             result = self._dial()
-            with handing:                       # it is handed over or closed here, never both
-                got.append(result)
-                late = left.is_set()
+            got.append(result)
             done.set()
-            if late and isinstance(result, socket.socket):
-                result.close()
+            if got[0] is not result and isinstance(result, socket.socket):
+                result.close()                  # too late
 
         threading.Thread(target=dial, name="dial", daemon=True).start()
         end = time.monotonic() + HOST_CONNECT_S
         gone = False
         while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
             gone = client is not None and client.gone()
-        with handing:
-            left.set()
-            result = got[0] if got else socket.timeout()
+        got.append(socket.timeout())
+        result = got[0]
         if gone:
             if isinstance(result, socket.socket):
                 result.close()
@@ -9584,9 +9587,9 @@ class Waiting:
 
     GRACE_S = 0.15                              # a start that fails at once is a plain error
 
-    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
-                 extra: Optional[Callable[[], bytes]] = None) -> None:
-        self._client, self._extra = client, extra
+    def __init__(self, client: Client, path: str, stream: bool, stage: Callable[[], str],
+                 mode: str = "visible", extra: Optional[Callable[[], bytes]] = None) -> None:
+        self._client, self._stage, self._extra = client, stage, extra
         self._silent = not stream or mode == "off"
         self._visible = mode == "visible" and path == "/v1/chat/completions"
         self._began_s = time.monotonic()
@@ -9597,7 +9600,7 @@ class Waiting:
     def waited_s(self) -> float:
         return time.monotonic() - self._began_s
 
-    def tell(self, stage: Callable[[], str]) -> None:
+    def tell(self) -> None:
         """Say what is waited for, when it is time to. Errors: ClientGone.
 
         At once, then every 2 s, and ever more seldom: 96 messages in an hour, for some clients give
@@ -9607,7 +9610,7 @@ class Waiting:
         if self._silent or waited_s < self._next_s:
             return
         self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
-        what = stage()
+        what = self._stage()
         if not what:
             return
         client = self._client
@@ -9630,7 +9633,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
                 raise ClientGone
             if 0 < terms.patience_s < waiting.waited_s:
                 return Outcome("unreachable", 0, "busy")
-            waiting.tell(lease.stage)
+            waiting.tell()
         if terms.patience_s:
             left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
             terms = terms._replace(first_byte_s=left_s)
@@ -9671,6 +9674,28 @@ def said_error(text: str) -> str:
     return text.strip()[:400]
 
 
+def tell_failure(client: Client, log: Log, what: str, outcome: Outcome, nobody: str,
+                 remedy: str = "", extra: bytes = b"") -> None:
+    """Say in the log, and to the client where no answer has reached it, how a request has failed.
+
+    `what` names the request, `nobody` says who did not answer.
+    """
+    detail = outcome.detail
+    if outcome.state == "broken":
+        log.warning(f"{what}: the upstream broke off its answer: {detail}")
+    elif outcome.state == "failed":
+        log.warning(f"{what}: {detail}")
+        reply_failure(client, outcome.status, detail, extra=extra)
+    elif outcome.state == "rejected":
+        reply_failure(client, outcome.status, said_error(detail), extra=extra)
+    elif outcome.state == "unreachable":
+        message = f"{nobody} ({detail})"
+        if remedy:
+            message += f"; {remedy}"
+        log.warning(f"{what}: {message}")
+        reply_failure(client, 502, message, extra=extra)
+
+
 def check_caller(client: Client, request: Request, loopback: bool, origins: Sequence[str] = (),
                  hosts: Sequence[str] = ()) -> None:
     """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
@@ -9695,6 +9720,7 @@ class Behind(App):
     address = ""                                # for messages
     page_url = ""                               # of the router's page
     has_others = False                          # it may serve models that models.ini does not name
+    loading_state = "visible"                   # how a stream that waits is told so, see Config
 
     def memory(self) -> Dict[str, Any]:
         """The budget, and what is short, as `status` and `fit` show it; {} where it has none."""
@@ -9720,6 +9746,16 @@ class Behind(App):
                 remedy: str = "") -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
+
+    def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
+                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
+        """Pass a request on as it is; `stream`: it asks for one. Errors: ClientGone."""
+        path = inference_path(request.target)
+        client.protocol = path
+        waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
+        pieces = [body] if body else []
+        return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
     def watched(self) -> Dict[str, Any]:
         """What it runs, for who looks on: `models`, a row a name; `parked`, a row a conversation;
@@ -9776,31 +9812,18 @@ class UpstreamApp(Behind):
 
     def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
                 remedy: str = "") -> None:
-        path = request.target.partition("?")[0]
-        inference = inference_path(path)
-        client.protocol = inference
         name, stream = "", False
-        if inference:
+        if inference_path(request.target):
             values = _json_of(request, body)
             if isinstance(values, dict):
-                name, stream = str(values.get("model")), values.get("stream") is True
+                name = str(values.get("model"))
+                stream = values.get("stream") is True
         if stream:
-            request = uncompressed(request)
-        lease, waiting = self.lease(name), Waiting(client, inference, stream)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()),
-                      waiting=lambda: waiting.tell(lease.stage))
-        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
-                            terms, waiting)
-        if outcome.state == "broken":
-            self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
-                             f" {outcome.detail}")
-        elif outcome.state == "rejected":
-            reply_failure(client, outcome.status, said_error(outcome.detail))
-        elif outcome.state == "unreachable":
-            message = (f"nothing answers behind the router at {self.address}"
-                       f" ({outcome.detail}); {remedy or 'see its log'}")
-            self.log.warning(f"{request.method} {path}: {message}")
-            reply_failure(client, 502, message)
+            request = with_header(request, UNCOMPRESSED)
+        outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
+        what = f"{request.method} {request.target.partition('?')[0]}"
+        nobody = f"nothing answers behind the router at {self.address}"
+        tell_failure(client, self.log, what, outcome, nobody, remedy or "see its log")
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -10530,7 +10553,8 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     kept = tuple(h for h in request.headers if h[0] not in drop)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return uncompressed(request._replace(headers=(*kept, *route.headers))), target
+    asks = request._replace(headers=(*kept, *route.headers, UNCOMPRESSED))
+    return asks, target
 
 
 def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
@@ -10568,11 +10592,7 @@ def _asked_in(target: str) -> str:
     return parse_qs(query).get("model", [""])[0]
 
 
-def _as_json(request: Request) -> Request:
-    """The request with a Content-Type that says what it is."""
-    others = tuple(h for h in request.headers if h[0] != b"content-type")
-    ours = (b"content-type", b"application/json", b"Content-Type: application/json")
-    return request._replace(headers=(*others, ours))
+_AS_JSON = (b"content-type", b"application/json", b"Content-Type: application/json")
 
 
 class Asked:
@@ -10599,6 +10619,9 @@ class Asked:
         self.conversation, self.thread = conversation_keys(request.fields, values)
         self.known = NEW_CONVERSATION           # by the answers to its earlier turns
         self.segments: Segments = ()            # of its prompt, once its model is at work
+        self.texts: Sequence[str] = ()          # of its prompt, until they are estimated
+        self.estimate = 0                       # its tokens by class_tokens, 0: not asked yet
+        self.loop = False                       # it brings back what a tool has said
         self.leaving = STAYS
 
     def look_at_prompt(self) -> bytes:
@@ -10620,21 +10643,24 @@ class Asked:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
         self.body = b""
         self.values = {}
+        self.texts = ()
 
     def row(self, number: int) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
-        lease, stage, share = self.lease, "", 0.0
-        if lease is not None:
-            stage = lease.stage()
-        if not stage and not self.body:         # let go of when the answer begins
-            stage = "writing"
-        if not stage:
-            stage = "reading the prompt"
-            share = lease.prompt_read() if lease is not None else 0.0
-        seconds = round(time.monotonic() - self.began_s, 1)
         return {"id": number, "model": str(self.model or "auto"),
                 "tier": self.tier, "path": self.path, "stream": self.stream,
-                "stage": stage + percent_words(share), "since_s": seconds}
+                "stage": self._stage(),
+                "since_s": round(time.monotonic() - self.began_s, 1)}
+
+    def _stage(self) -> str:
+        """What it waits for, in words."""
+        stage = self.lease.stage() if self.lease else ""
+        if stage:
+            return stage
+        if not self.body:                       # let go of when the answer begins
+            return "writing"
+        share = self.lease.prompt_read() if self.lease else 0.0
+        return "reading the prompt" + percent_words(share)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
@@ -10650,16 +10676,17 @@ class Ladder:
     """The way of one `auto` request down the tiers, as they fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
-                 learn: Callable[[int], None]) -> None:
-        self.decision, self._snapshot, self._breaker = decision, snapshot, breaker
-        self._learn = learn
-        self._left = list(decision.chain)
-        self._tried: Set[str] = set()
-        self.asked = asked
-        self.fallbacks: List[str] = []
-        self.tier = self._left.pop(0)
-        self._tried.add(self.tier.name)
+                 conversations: Conversations) -> None:
+        self.asked, self.decision, self._snapshot = asked, decision, snapshot
+        self._breaker, self._conversations = breaker, conversations
+        self.tier, *self._left = decision.chain
+        self._tried = {self.tier.name}
         self._own_fault = False
+        self.fallbacks: List[str] = []
+
+    @functools.cached_property
+    def reason(self) -> str:
+        return self.decision.reason
 
     @property
     def route(self) -> Route:
@@ -10669,20 +10696,35 @@ class Ladder:
         """Ask these before the others, once the first has had its chance."""
         self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
+    def headers(self) -> bytes:
+        """The lines that an answer of the present tier gets.
+
+        They are made while the model is at work, as is what the answer's counts are compared with.
+        """
+        asked, decision, name = self.asked, self.decision, self.tier.name
+        asked.look_at_prompt()
+        if not asked.estimate and decision.facts.most_tokens >= WORTH_LEARNING_TOKENS:
+            asked.estimate = class_tokens(asked.texts)
+        asked.texts = ()
+        lines = decision_headers(decision, name, self.fallbacks, self.reason)
+        return lines + leaving_header(asked.leaving, name)
+
+    def learn(self, truth: int) -> None:
+        """Keep how many tokens the prompt really has, by an answer or a refusal."""
+        if truth >= WORTH_LEARNING_TOKENS:
+            self._conversations.learn(self.asked.conversation, self.asked.estimate, truth)
+
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
         need = prompt_tokens_said(status, text)
         self._own_fault = bool(need) or own_fault(status, text)
         if need:
-            self._learn(need)
+            self.learn(need)
             self._left = self._holding(need)
-        elif self._own_fault:
-            if pictures_refused(text):
-                self._left = [t for t in self._left if t.takes_pictures]
-            else:
-                self._left = []
-        elif not falls_through(status, self.route.hosted):
-            return False
+        elif self._own_fault and pictures_refused(text):
+            self._left = [t for t in self._left if t.takes_pictures]
+        elif self._own_fault or not falls_through(status, self.route.hosted):
+            self._left = []
         return bool(self._left)
 
     def _holding(self, tokens: int) -> List[Tier]:
@@ -10695,21 +10737,19 @@ class Ladder:
 
     def settle(self, outcome: Outcome) -> bool:
         """Note how the try ended; True when the next tier is to be asked."""
-        name, route = self.tier.name, self.route
-        host = route.host
-        self._note(outcome, name, route, host)
+        self._note(outcome)
         if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
             return False
-        following = self._left.pop(0)
-        why = str(outcome.status or outcome.detail)
-        self.fallbacks.append(f"{name}\u2192{following.name} ({why})")
-        self.tier = following
-        self._tried.add(following.name)
+        failed, self.tier = self.tier.name, self._left.pop(0)
+        why = outcome.status or outcome.detail
+        self.fallbacks.append(f"{failed}\u2192{self.tier.name} ({why})")
+        self._tried.add(self.tier.name)
         self._own_fault = False
         return True
 
-    def _note(self, outcome: Outcome, name: str, route: Route, host: Optional[Host]) -> None:
+    def _note(self, outcome: Outcome) -> None:
         """Hold a failure against the tier, or forget what was held."""
+        name, route = self.tier.name, self.route
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         elif outcome.state == "broken":
@@ -10717,6 +10757,7 @@ class Ladder:
         elif outcome.state == "failed":
             self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
         elif outcome.state == "unreachable":
+            host = route.host
             if host is not None and not host.offline:       # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
         elif self._own_fault or not falls_through(outcome.status, route.hosted):
@@ -10882,34 +10923,29 @@ class RouterApp(App):
     def _answer_ourselves(self, client: Client, request: Request, path: str,
                           drop: FrozenSet[bytes]) -> bool:
         """Answer what the router knows itself; False for any other path."""
-        read = request.method in ("GET", "HEAD")
+        read, post = request.method in ("GET", "HEAD"), request.method == "POST"
+        told: Dict[str, Callable[[], Any]] = {
+            "/llmstack/snapshot": self.events.snapshot, "/llmstack/state": self.state,
+            "/llmstack/memory": self.behind.memory, "/llmstack/requests": self.requests}
         models = _MODELS_PATH.match(path) if read else None
         if path == "/llmstack/events" and request.method == "GET":
             self.events.listen(client, request)
         elif request.target == "/metrics" and read:     # with a query it is a model's own
             text = self.events.counters.render(self._gauges())
             client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
-        elif read and path == "/llmstack/snapshot":
-            text = json.dumps(self.events.snapshot(), ensure_ascii=False)
-            client.reply(200, text.encode())
-        elif request.method == "POST" and _ACTION.match(path):
-            self._act(client, request, path, drop)
+        elif read and path in told:
+            client.reply_json(told[path]())
         elif read and path == "/models.ini":
             self._models_ini_text(client)
         elif models is not None:
             self._models(client, request, unquoted(models.group(1) or ""), drop)
-        elif request.method == "GET" and path == "/llmstack/state":
-            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
-        elif request.method == "GET" and path == "/llmstack/memory":
-            client.reply(200, json.dumps(self.behind.memory(), ensure_ascii=False).encode())
-        elif request.method == "GET" and path == "/llmstack/requests":
-            rows = {"requests": self.requests()}
-            client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
-        elif request.method == "POST" and path == "/llmstack/reload":
+        elif post and _ACTION.match(path):
+            self._act(client, request, path, drop)
+        elif post and path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
             answer = {"ok": not problem, "problem": problem}
-            client.reply(409 if problem else 200, json.dumps(answer, ensure_ascii=False).encode())
+            client.reply_json(answer, 409 if problem else 200)
         else:
             return False
         return True
@@ -10920,8 +10956,8 @@ class RouterApp(App):
         if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
             client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
             return
-        text = json.dumps({"name": "llmstack", "api": "/v1", "models": "/v1/models"})
-        client.reply(200, text.encode(), extra=b"Vary: Accept\r\n")
+        where = {"name": "llmstack", "api": "/v1", "models": "/v1/models"}
+        client.reply_json(where, extra=b"Vary: Accept\r\n")
 
     def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
         """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
@@ -10935,7 +10971,7 @@ class RouterApp(App):
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
             ongoing[0].give_way()               # it ends as if its client had left
-            client.reply(200, b'{"ok": true}')
+            client.reply_json({"ok": True})
             return
         tier = self.config.by_name(name)
         if tier is None:
@@ -11027,7 +11063,7 @@ class RouterApp(App):
             answer = anthropic_model(answer) if anthropic else answer
         elif anthropic:
             answer = anthropic_models(entries)
-        client.reply(200, json.dumps(answer, ensure_ascii=False).encode())
+        client.reply_json(answer)
 
     def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
         """The entry of what a name means, under that name. Errors: HttpError 404."""
@@ -11157,7 +11193,7 @@ class RouterApp(App):
             client.reply(200, translation.nothing(), translation.content_type.decode())
             return
         target = _OLLAMA_ASKS[path]
-        request = uncompressed(_as_json(request))
+        request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
         body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
         asked = Asked(request, target, target, body, asks, drop)
         asked.translation = translation
@@ -11185,9 +11221,9 @@ class RouterApp(App):
         request, body = read_decoded(client, request)
         values = read_object(body)
         if b"json" not in request.fields.get(b"content-type", b"").lower():
-            request = _as_json(request)         # curl -d says it is a form
+            request = with_header(request, _AS_JSON)   # curl -d says it is a form
         if values.get("stream") is True:
-            request = uncompressed(request)
+            request = with_header(request, UNCOMPRESSED)
         return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked) -> None:
@@ -11227,19 +11263,20 @@ class RouterApp(App):
                                  " a model made for it, then `llmstack restart`", "not_found")
         raise unknown_model(config, model)
 
-    def requests(self) -> List[Dict[str, Any]]:
+    def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
-        return [asked.row(number) for number, (_, asked) in list(self._ongoing.items())]
+        ongoing = list(self._ongoing.items())
+        return {"requests": [asked.row(number) for number, (_, asked) in ongoing]}
 
     def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
-        facts: List[Facts] = []
+        facts: Optional[Facts] = None
         if asked.path in STREAM_ENDS:
             try:
-                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
-            except RecursionError:
+                facts = read_facts(asked.path, asked.values)._replace(texts=())
+            except RecursionError:              # the upstream may take it all the same
                 pass
         looks = asked.look_at_prompt if facts else None
         outcome = self._ask(client, asked, route, headers=looks)
@@ -11247,8 +11284,8 @@ class RouterApp(App):
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        for counted in facts:
-            self._note(asked, record_row(counted, asked.path, name, outcome), ())
+        if facts:
+            self._note(asked, record_row(facts, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
@@ -11291,69 +11328,65 @@ class RouterApp(App):
             self._record.add(row)
         self.events.add(row)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
-        """Ask the decision's tiers in turn until one answers."""
-        now = self._snapshot
-        config = now.config
+    def _facts_of(self, asked: Asked, config: Config) -> Facts:
+        """Count a request for the ladder. Errors: HttpError 400.
+
+        The finer estimate is made only where the bounds do not say that every tier holds it.
+        """
         try:
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key, texts = asked.conversation, facts.texts
-        most, reserve = facts.most_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if most + reserve > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(texts), texts=(),
-                                   ratio=self._conversations.get(key).ratio)
-        facts = facts._replace(texts=(), auto=True)         # by whatever name
+        asked.texts = facts.texts
+        ratio = 0.0
+        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if facts.most_tokens + reserve > config.smallest_context:
+            asked.estimate = class_tokens(facts.texts)
+            ratio = self._conversations.get(asked.conversation).ratio
+        # By whatever name it asks. The record keeps the facts, and the texts would fill memory.
+        return facts._replace(auto=True, texts=(), classes=asked.estimate, ratio=ratio)
+
+    def _decide(self, asked: Asked, now: Snapshot) -> Decision:
+        """Where an `auto` request goes. Errors: HttpError 400."""
+        facts = self._facts_of(asked, now.config)
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
-        decision = decide(facts, config, down, now.barred)
+        decision = decide(facts, now.config, down, now.barred)
         asked.leaving = self._leaving(asked, decision)
-        loop = in_tool_loop(asked.values)
-        decision = stay_or_go(decision, asked.leaving, loop)
-        estimate = facts.classes
+        asked.loop = in_tool_loop(asked.values)
+        return stay_or_go(decision, asked.leaving, asked.loop)
 
-        def learn(truth: int) -> None:
-            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, worth, truth)
-
-        ladder = Ladder(asked, decision, now, self._breaker, learn)
-        reason = ""
-        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+        """Ask the decision's tiers in turn until one answers."""
+        now = self._snapshot
+        decision = self._decide(asked, now)
+        ladder = Ladder(asked, decision, now, self._breaker, self._conversations)
+        if now.config.patience_s and decision.facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
             ladder.prefer(idle)
-            asked.patience_s = config.patience_s if idle else 0.0
-
-        def headers() -> bytes:
-            """Made while the model is at work, as is what the answer's counts are compared with."""
-            nonlocal estimate, reason, texts
-            if not estimate and most >= WORTH_LEARNING_TOKENS:
-                estimate = class_tokens(texts)
-            texts = ()
-            reason = reason or decision.reason
-            asked.look_at_prompt()
-            lines = decision_headers(decision, ladder.tier.name, ladder.fallbacks, reason)
-            return lines + leaving_header(asked.leaving, ladder.tier.name)
-
-        while True:
-            route = ladder.route
-            outcome = self._try(client, ladder, headers)
-            if not ladder.settle(outcome):
-                break
+            asked.patience_s = now.config.patience_s if idle else 0.0
+        outcome = self._try(client, ladder)
+        while ladder.settle(outcome):
             asked.patience_s = 0.0
-        name, reason = ladder.tier.name, reason or decision.reason
-        fell = f"; fell back {', '.join(ladder.fallbacks)}" if ladder.fallbacks else ""
+            outcome = self._try(client, ladder)
+        self._finish_ladder(client, ladder, outcome)
+
+    def _finish_ladder(self, client: Client, ladder: Ladder, outcome: Outcome) -> None:
+        """Tell client, log, record and conversation how an `auto` request ended."""
+        asked, decision, name = ladder.asked, ladder.decision, ladder.tier.name
         ms = (time.monotonic() - asked.began_s) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
-                      f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
-        self._finish(client, outcome, f"auto -> {name}", route, headers)
+        ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
+        if ladder.fallbacks:
+            ended += f"; fell back {', '.join(ladder.fallbacks)}"
+        self.log.info(f"auto -> {name} [{decision.rung}] {ladder.reason}; {ended}")
+        self._finish(client, outcome, f"auto -> {name}", ladder.route, ladder.headers)
         if outcome.state == "done":
-            learn(outcome.counts.prompt)
-        row = record_row(facts, asked.path, name, outcome)
-        if loop:                                # before the reason: replay reads no further
+            ladder.learn(outcome.counts.prompt)
+        row = record_row(decision.facts, asked.path, name, outcome)
+        if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
-        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
+        row.update(rung=decision.rung, reason=ladder.reason, passed_over=decision.passed_over)
         self._note(asked, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
@@ -11365,15 +11398,15 @@ class RouterApp(App):
         own = chain[0]
         return [] if own in idle or own.backend != "gguf" else idle
 
-    def _try(self, client: Client, ladder: Ladder, headers: Callable[[], bytes]) -> Outcome:
+    def _try(self, client: Client, ladder: Ladder) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
         route, asked = ladder.route, ladder.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
-            reply_failure(client, status, message, kind, headers())
+            reply_failure(client, status, message, kind, ladder.headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, headers)
+            return self._ask(client, asked, route, ladder.judge, ladder.headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
@@ -11398,8 +11431,8 @@ class RouterApp(App):
         if route.hosted and judge is not None and asked.stream:
             first_byte_s = FIRST_BYTE_S
         told = asked.stream and asked.translation is None
-        waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
-        terms = Terms(headers, drop, judge, lambda: waiting.tell(lease.stage),
+        waiting = Waiting(client, asked.path, told, lease.stage, self.config.loading_state, headers)
+        terms = Terms(headers, drop, judge, waiting.tell,
                       STREAM_ENDS.get(asked.path, ()), first_byte_s,
                       asked.release, asked.translation, asked.patience_s)
         try:
@@ -11414,22 +11447,12 @@ class RouterApp(App):
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
+        nobody = f"nothing answers behind the router at {self.behind.address}"
+        remedy = self._given.remedy
+        if route.host is not None:
+            nobody, remedy = f"no answer from {route.host.url}", ""
         lines = extra() if extra else b""
-        if outcome.state == "broken":
-            self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
-        elif outcome.state == "failed":
-            self.log.warning(f"{what}: {outcome.detail}")
-            reply_failure(client, outcome.status, outcome.detail, extra=lines)
-        elif outcome.state == "rejected":
-            reply_failure(client, outcome.status, said_error(outcome.detail), extra=lines)
-        elif outcome.state == "unreachable":
-            where = self.behind.address if route.host is None else route.host.url
-            message = f"no answer from {where} ({outcome.detail})"
-            if route.host is None:
-                message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._given.remedy}")
-            self.log.warning(f"{what}: {message}")
-            reply_failure(client, 502, message, extra=lines)
+        tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
@@ -14116,6 +14139,7 @@ class EngineApp(Behind):
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
+        self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
         machine = self._watch.machine._asdict() if self._watch else {}
@@ -14191,9 +14215,9 @@ class EngineApp(Behind):
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif not post and path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
-            client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+            client.reply_json(listing)
         elif not post and path == "/running":
-            client.reply(200, json.dumps({"running": engine.running()}).encode())
+            client.reply_json({"running": engine.running()})
         elif path == "/unload":
             engine.unload(engine.models.values())
             client.reply(200, b"OK", _PLAIN)
@@ -14237,19 +14261,9 @@ class EngineApp(Behind):
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
         lease = self.engine.lease(name)
-        path = inference_path(request.target)
-        client.protocol = path
-        waiting = Waiting(client, path, stream, self.engine.config.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()),
-                      waiting=lambda: waiting.tell(lease.stage))
-        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
-                            terms, waiting)
-        if outcome.state == "unreachable":
-            reply_failure(client, 502, f"{name}: its server {outcome.detail}")
-        elif outcome.state in ("rejected", "failed"):
-            reply_failure(client, outcome.status, said_error(outcome.detail))
-        elif outcome.state == "broken":
-            self.log.warning(f"{name}: its server broke off an answer")
+        outcome = self.relay_over(lease, client, request, body, drop, stream)
+        nobody = f"{name}: its server does not answer"
+        tell_failure(client, self.log, name, outcome, nobody)
 
 
 # ==================================================================================================
