@@ -10179,13 +10179,15 @@ def may_change(request: Request) -> bool:
 # the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
 
 OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
-_OLLAMA_PATHS = frozenset({
-    "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull", "/api/chat",
-    "/api/generate", "/api/embed", "/api/embeddings"})
 _OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
                    "presence_penalty", "frequency_penalty")
+# What asks a model -> the path of OpenAI's API for it; and the other paths.
 _OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
                 "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+_OLLAMA_PATHS = frozenset({
+    *_OLLAMA_ASKS, "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull"})
+# How a picture begins in base64 -> its kind.
+_PICTURES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
 
 
 def ollama_path(path: str) -> str:
@@ -10205,16 +10207,25 @@ def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _picture_part(data: object) -> Dict[str, Any]:
     """A picture, in base64, as a part of a message."""
-    kinds = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
     text = str(data)
-    kind = next((kind for begins, kind in kinds.items() if text.startswith(begins)), "png")
+    kind = next((kind for begins, kind in _PICTURES.items() if text.startswith(begins)), "png")
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
 
 
 def _with_pictures(text: object, images: object) -> object:
     """A message's content: the text alone, or parts with pictures behind it."""
     pictures = [_picture_part(image) for image in _list_of(images)]
-    return [{"type": "text", "text": text or ""}, *pictures] if pictures else text
+    if not pictures:
+        return text
+    return [{"type": "text", "text": text or ""}, *pictures]
+
+
+def _openai_call(call: object, number: str) -> Dict[str, Any]:
+    """A tool call, under the number that its result is going to name."""
+    function = dict_of(dict_of(call).get("function"))
+    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    asked = {"name": function.get("name"), "arguments": arguments}
+    return {"id": number, "type": "function", "function": asked}
 
 
 def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
@@ -10226,16 +10237,11 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
             continue
         content = _with_pictures(message.get("content"), message.get("images"))
         new = {"role": message.get("role"), "content": content}
-        calls: List[Dict[str, Any]] = []
-        for call in _list_of(message.get("tool_calls")):
-            function = dict_of(dict_of(call).get("function"))
-            number = f"call_{len(made)}_{len(calls)}"
-            arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-            calls.append({"id": number, "type": "function", "function": {
-                "name": function.get("name"), "arguments": arguments}})
+        calls = [_openai_call(call, f"call_{len(made)}_{index}")
+                 for index, call in enumerate(_list_of(message.get("tool_calls")))]
         if calls:
             new["tool_calls"] = calls
-            open_calls = [str(call["id"]) for call in calls]
+            open_calls = [call["id"] for call in calls]
         if message.get("role") == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
@@ -10252,10 +10258,12 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
         messages = [prompt]
         if values.get("system"):
             messages.insert(0, {"role": "system", "content": values["system"]})
-    stream = wants_stream("/api/chat", values)
-    body: Dict[str, Any] = {"model": values.get("model"), "messages": _openai_messages(messages),
-                            "stream": stream}
-    if stream:
+    body: Dict[str, Any] = {
+        "model": values.get("model"),
+        "messages": _openai_messages(messages),
+        "stream": values.get("stream") is not False,    # a stream, unless it says otherwise
+    }
+    if body["stream"]:
         body["stream_options"] = {"include_usage": True}
     if values.get("tools"):
         body["tools"] = values["tools"]
@@ -10264,10 +10272,11 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     most = options.get("num_predict")
     if isinstance(most, int) and most > 0:
         body["max_tokens"] = most
-    if isinstance(values.get("format"), dict):
-        body["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "answer", "schema": values["format"]}}
-    elif values.get("format") == "json":
+    shape = values.get("format")
+    if isinstance(shape, dict):
+        schema = {"name": "answer", "schema": shape}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif shape == "json":
         body["response_format"] = {"type": "json_object"}
     think = values.get("think")
     if isinstance(think, str):
@@ -10277,20 +10286,6 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     return body
 
 
-def openai_embeddings(values: Mapping[str, Any]) -> Dict[str, Any]:
-    """The body of embeddings that asks what one of /api/embed or /api/embeddings asks."""
-    return {"model": values.get("model"), "input": values.get("input", values.get("prompt"))}
-
-
-def wants_stream(path: str, values: Mapping[str, Any]) -> bool:
-    """Whether an answer of Ollama's API is a stream: it is, unless it says otherwise."""
-    return path in ("/api/chat", "/api/generate") and values.get("stream") is not False
-
-
-def _created_at() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 def _json_line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
@@ -10298,9 +10293,12 @@ def _json_line(value: Mapping[str, Any]) -> bytes:
 class OllamaAnswer(Translation):
     """An answer of OpenAI's API on its way to a client of Ollama's."""
 
+    content_type = b"application/json"
+
     def __init__(self, path: str, model: str, stream: bool) -> None:
         self._path, self._model, self._stream = path, model, stream
-        self.content_type = b"application/x-ndjson" if stream else b"application/json"
+        if stream:
+            self.content_type = b"application/x-ndjson"
         self._status = 200
         self._held = bytearray()                # a line that is not whole, or the whole body
         self._calls: Dict[int, Dict[str, str]] = {}
@@ -10327,21 +10325,21 @@ class OllamaAnswer(Translation):
             return self._whole()
         *lines, rest = bytes(self._held).split(b"\n")
         self._held = bytearray(rest)
-        out = b"".join(self._event(line[5:]) for line in lines if line.startswith(b"data:"))
+        events = [line[5:] for line in lines if line.startswith(b"data:")]
+        out = b"".join(map(self._event, events))
         if last and not self._failed:
             if self._calls:
                 out += self._line("", "", self._made_calls())
-            out += _json_line(self._end({}))
+            out += _json_line(self._end(self._row("")))
         return out
 
     def _event(self, data: bytes) -> bytes:
         """What one event of the stream becomes."""
         value = parse_json_object(data)
-        if value.get("error"):
+        error = value.get("error")
+        if error:
             self._failed = True
-            error = value["error"]
-            words = error.get("message") if isinstance(error, dict) else error
-            return _json_line({"error": str(words)})
+            return _json_line({"error": str(dict_of(error).get("message") or error)})
         if value.get("usage") or value.get("timings"):
             self._said = bytearray(data)
         choice = _first_choice(value)
@@ -10350,27 +10348,34 @@ class OllamaAnswer(Translation):
         for call in _list_of(delta.get("tool_calls")):
             self._add_call(call)
         content, thinking = delta.get("content"), delta.get("reasoning_content")
-        return self._line(content or "", thinking or "") if content or thinking else b""
+        if not content and not thinking:
+            return b""
+        return self._line(content or "", thinking or "")
 
     def _add_call(self, call: object, index: int = 0) -> None:
         """A tool call, or the next piece of one."""
         call = dict_of(call)
         function = dict_of(call.get("function"))
-        number = call.get("index", index)
-        number = number if isinstance(number, int) else index
-        known = self._calls.setdefault(number, {"name": "", "arguments": ""})
+        if isinstance(call.get("index"), int):
+            index = call["index"]
+        known = self._calls.setdefault(index, {"name": "", "arguments": ""})
         for key in known:
             known[key] += str(function.get(key) or "")
 
     def _made_calls(self) -> List[Dict[str, Any]]:
-        return [{"function": {"name": call["name"],
-                              "arguments": parse_json_object(call["arguments"].encode())}}
-                for _, call in sorted(self._calls.items())]
+        made = []
+        for _, call in sorted(self._calls.items()):
+            arguments = parse_json_object(call["arguments"].encode())
+            made.append({"function": {"name": call["name"], "arguments": arguments}})
+        return made
 
     def _row(self, content: str, thinking: str = "",
              calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
-        row: Dict[str, Any] = {"model": self._model, "created_at": _created_at()}
-        more: Dict[str, Any] = {"thinking": thinking} if thinking else {}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = {"model": self._model, "created_at": created}
+        more: Dict[str, Any] = {}
+        if thinking:
+            more["thinking"] = thinking
         if calls:
             more["tool_calls"] = list(calls)
         if self._path == "/api/generate":
@@ -10383,21 +10388,24 @@ class OllamaAnswer(Translation):
     def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
         counts = tokens_said(bytes(self._said))
-        took = int((time.monotonic() - self._began) * 1e9)
-        read = counts.prompt - counts.cached
+        reason = "length" if self._reason == "length" else "stop"
+        # Where a rate is not known, a duration of next to nothing.
+        read_s = (counts.prompt - counts.cached) / (counts.read_per_s or 1e9)
+        written_s = counts.output / (counts.written_per_s or 1e9)
         return {
-            **(row or self._row("")), "done": True,
-            "done_reason": "length" if self._reason == "length" else "stop",
-            "total_duration": took, "load_duration": 0, "prompt_eval_count": counts.prompt,
-            "prompt_eval_duration": int(read / (counts.read_per_s or 1e9) * 1e9),
+            **row, "done": True, "done_reason": reason,
+            "total_duration": int((time.monotonic() - self._began) * 1e9),
+            "load_duration": 0,
+            "prompt_eval_count": counts.prompt,
+            "prompt_eval_duration": int(read_s * 1e9),
             "eval_count": counts.output,
-            "eval_duration": int(counts.output / (counts.written_per_s or 1e9) * 1e9)}
+            "eval_duration": int(written_s * 1e9)}
 
     def _whole(self) -> bytes:
         """An answer that is no stream."""
         self._said = self._held
         value = parse_json_object(bytes(self._held))
-        if self._path in ("/api/embed", "/api/embeddings"):
+        if _OLLAMA_ASKS[self._path] == "/v1/embeddings":
             return self._vectors(value)
         choice = _first_choice(value)
         message = dict_of(choice.get("message"))
@@ -10411,23 +10419,30 @@ class OllamaAnswer(Translation):
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
         vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
         if self._path == "/api/embeddings":
-            return _json_line({"embedding": vectors[0] if vectors else []})
+            return _json_line({"embedding": next(iter(vectors), [])})
+        tokens = tokens_said(bytes(self._said)).prompt
         return _json_line({"model": self._model, "embeddings": vectors,
-                           "prompt_eval_count": tokens_said(bytes(self._said)).prompt})
+                           "prompt_eval_count": tokens})
 
 
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama lists a model."""
-    own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     import hashlib
+    own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     name = str(entry.get("id"))
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
-    return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
-            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
-            "capabilities": entry.get("capabilities") or ["completion"],
-            "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
-                        "families": ["llmstack"], "parameter_size": "",
-                        "quantization_level": str(own.get("quant") or "")}}
+    details = {"parent_model": "", "format": "gguf", "family": "llmstack",
+               "families": ["llmstack"], "parameter_size": "",
+               "quantization_level": str(own.get("quant") or "")}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": "1970-01-01T00:00:00Z",
+        "size": int(float(own.get("size_gb") or 0) * 1e9),
+        # Any digest will do: `ollama list` shows the first twelve characters of it.
+        "digest": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(),
+        "capabilities": entry.get("capabilities") or ["completion"],
+        "details": details,
+    }
 
 
 def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10435,9 +10450,9 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
     context = entry.get("context_length") or 0
     model = ollama_model(entry)
     info = {"general.architecture": "llmstack", "llmstack.context_length": context}
+    same = {key: model[key] for key in ("details", "modified_at", "capabilities")}
     return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
-            "details": model["details"], "model_info": info,
-            "modified_at": model["modified_at"], "capabilities": model["capabilities"]}
+            "model_info": info, **same}
 
 
 # ==================================================================================================
@@ -11165,34 +11180,41 @@ class RouterApp(App):
         """Answer a path of Ollama's API. Errors: HttpError, ClientGone."""
         request, body = read_decoded(client, request)
         if path == "/api/version":
-            answer: Dict[str, Any] = {"version": OLLAMA_VERSION}
-        elif path in ("/api/tags", "/api/ps"):
+            client.reply_json({"version": OLLAMA_VERSION})
+            return
+        if path in ("/api/tags", "/api/ps"):
             entries = self._listing(request, drop)["data"]
             if path == "/api/ps":
                 entries = [e for e in entries if "'loaded'" in str(e.get("status"))]
-            answer = {"models": [ollama_model(entry) for entry in entries]}
-        else:
-            values = read_object(body)
-            model = values.get("model") or values.get("name")
-            if path in _OLLAMA_ASKS:
-                self._ask_ollama(client, request, path, {**values, "model": model}, drop)
-                return
-            entry = self._one_model(self._listing(request, drop)["data"], str(model))
-            answer = ollama_show(entry) if path == "/api/show" else {"status": "success"}
-        client.reply(200, _json_line(answer))
+            client.reply_json({"models": [ollama_model(entry) for entry in entries]})
+            return
+        values = read_object(body)
+        model = values.get("model") or values.get("name")
+        if path in _OLLAMA_ASKS:
+            self._ask_ollama(client, request, path, {**values, "model": model}, drop)
+            return
+        entry = self._one_model(self._listing(request, drop)["data"], str(model))
+        if path == "/api/show":
+            client.reply_json(ollama_show(entry))
+        else:                                   # /api/pull: there is nothing to fetch
+            client.reply_json({"status": "success"})
 
     def _ask_ollama(self, client: Client, request: Request, path: str, values: Dict[str, Any],
                     drop: FrozenSet[bytes]) -> None:
         """Ask a model what a request of Ollama's API asks. Errors: HttpError, ClientGone."""
-        translation = OllamaAnswer(path, str(values["model"] or "auto"), wants_stream(path, values))
-        if path in ("/api/embed", "/api/embeddings"):
-            asks = openai_embeddings(values)
-        elif values.get("prompt") or values.get("messages"):
+        target = _OLLAMA_ASKS[path]
+        chats = target != "/v1/embeddings"
+        if chats:
             asks = openai_chat(values, path == "/api/generate")
-        else:                                   # `ollama run` asks to load it: its first words do
+        else:
+            texts = values.get("input", values.get("prompt"))
+            asks = {"model": values["model"], "input": texts}
+        stream = asks.get("stream", False)
+        translation = OllamaAnswer(path, str(values["model"] or "auto"), stream)
+        if chats and not (values.get("prompt") or values.get("messages")):
+            # `ollama run` asks for nothing to have the model loaded; its first words do that here.
             client.reply(200, translation.nothing(), translation.content_type.decode())
             return
-        target = _OLLAMA_ASKS[path]
         request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
         body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
         asked = Asked(request, target, target, body, asks, drop)
