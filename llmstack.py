@@ -4777,16 +4777,11 @@ def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
     return end
 
 
-def _refuse_controls(text: bytes) -> None:
-    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
-    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
-        raise ValueError("a control byte, or a bare CR or LF")
-
-
 def _split_head(head: bytes) -> List[bytes]:
     """The lines of a head. Errors: ValueError for control bytes but those that end lines."""
     lines = head.split(b"\r\n")
-    if len(head) - len(head.translate(None, _CONTROL_BYTES)) != 2 * (len(lines) - 1):
+    controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
+    if controls != 2 * (len(lines) - 1):        # a CR and an LF between two lines
         raise ValueError("a control byte, or a bare CR or LF")
     return lines
 
@@ -4889,25 +4884,17 @@ def parse_request_head(head: bytes) -> Request:
     )
 
 
-def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not those that Connection names, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
-    return [line for name, _, line in headers if name not in drop]
-
-
 def _response_length(headers: Sequence[Header]) -> int:
     """Content-Length of an answer, -1 without one. Errors: ValueError."""
-    values = {value for name, value, _ in headers if name == b"content-length"}
-    if not values:
-        return -1
-    if not all(value.isdigit() and len(value) <= 15 for value in values):
-        raise ValueError("Content-Length is no number")
-    lengths = {int(value) for value in values}
+    lengths = set()
+    for name, value, _ in headers:
+        if name == b"content-length":
+            if not value.isdigit() or len(value) > 15:
+                raise ValueError("Content-Length is no number")
+            lengths.add(int(value))
     if len(lengths) > 1:
         raise ValueError("two Content-Lengths differ")
-    return lengths.pop()
+    return max(lengths, default=-1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -4935,24 +4922,56 @@ def parse_response_head(head: bytes, method: str) -> Response:
     else:
         framing = "close"
     words = _connection_words(headers)
-    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
+    stays = minor == b"1" or b"keep-alive" in words
     text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
     if status == 101:
         text += lines
     else:
-        text += end_to_end(headers, _NO_LENGTH | _OF_PAGES)
+        drop = _NO_LENGTH | _OF_PAGES | words
+        text += [line for name, _, line in headers if name not in drop]
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
         if framing == "length" or (framing == "none" and length >= 0):
             text.append(b"Content-Length: %d" % length)
     return Response(
         status, tuple(headers), framing, max(length, 0),
-        keep_alive=alive and framing != "close",
+        keep_alive=stays and b"close" not in words and framing != "close",
         events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
         text=b"\r\n".join(text) + b"\r\n",
     )
 
 
-# ---- chunks
+# ---- bodies as they are framed
+
+
+class SizedBody:
+    """A body of a length that its head says, through bytes that arrive in any pieces."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.ended = length == 0
+        self.over = 0                           # bytes that stand behind its end
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of the next bytes that is the body's. Errors: ValueError, in all these classes.
+
+        Bytes that are refused do not count: what is said next must fit behind those before.
+        """
+        payload = data[:self._left]
+        self._left -= len(payload)
+        self.ended = self._left == 0
+        self.over += len(data) - len(payload)
+        return payload
+
+
+class BodyToTheClose:
+    """A body that goes up to the end of its connection."""
+
+    ended = False
+    over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
 
 # What the next byte of a chunked message belongs to.
 _SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
@@ -4965,25 +4984,19 @@ class ChunkFraming:
           `--> TRAILER ... -> DONE             behind a size of 0
     """
 
-    __slots__ = ("_left", "_line", "_state")
+    __slots__ = ("_left", "_line", "_state", "ended", "over")
 
     def __init__(self) -> None:
         self._state = _SIZE
         # Bytes of this chunk, or trailers, that may still come.
         self._left = 0
         self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+        self.ended = False
+        self.over = 0
 
-    @property
-    def done(self) -> bool:
-        return self._state == _DONE
-
-    def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
-        """Take the next bytes; return how many stand behind the end of the message.
-
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
-        do not count.
-        """
+    def feed(self, data: bytes) -> bytes:
         before = self._state, self._left, self._line
+        payload: List[bytes] = []
         position, end = 0, len(data)
         try:
             while position < end and self._state != _DONE:
@@ -4997,9 +5010,11 @@ class ChunkFraming:
         except ValueError:
             self._state, self._left, self._line = before
             raise
-        return end - position
+        self.ended = self._state == _DONE
+        self.over += end - position
+        return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _take_whole(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+    def _take_whole(self, data: bytes, position: int, payload: List[bytes]) -> int:
         """Take the chunks that have come from their size to their CRLF, as nearly all have.
 
         Of the 3.2 us that a relayed event of a burst costs, step by step takes 2.1, this 1.2.
@@ -5012,16 +5027,14 @@ class ChunkFraming:
             behind = begin + int(size.group(1), 16)
             if data[behind:behind + 2] != b"\r\n":
                 break
-            if payload is not None:
-                payload.append(data[begin:behind])
+            payload.append(data[begin:behind])
             position = behind + 2
             size = _WHOLE_SIZE.match(data, position)
         return position
 
-    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+    def _take_data(self, data: bytes, position: int, payload: List[bytes]) -> int:
         behind = min(position + self._left, len(data))
-        if payload is not None:
-            payload.append(data[position:behind])
+        payload.append(data[position:behind])
         self._left -= behind - position
         if not self._left:
             self._state = _DATA_END
@@ -5070,11 +5083,20 @@ class ChunkFraming:
         if not line:
             self._state = _DONE
             return
-        _refuse_controls(line)
-        _split_header(line)
+        for header in _split_head(line):
+            _split_header(header)
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"more than {MAX_HEADERS} trailers")
+
+
+def body_of(response: Response) -> Union[SizedBody, ChunkFraming, BodyToTheClose]:
+    """What takes an answer's body out of its framing."""
+    if response.framing == "chunked":
+        return ChunkFraming()
+    if response.framing == "close":
+        return BodyToTheClose()
+    return SizedBody(response.length if response.framing == "length" else 0)
 
 
 def chunk(data: bytes) -> bytes:
@@ -5082,7 +5104,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# ---- bodies
+# ---- what is in a request's body
 
 
 def _unpacker(coding: str) -> Any:
@@ -8077,6 +8099,18 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
 # - A body is taken out of its framing and put into ours: so its last bytes can be read.
 # - A head is split and matched by few regular expressions, and what is the same in each request of
 #   a client is kept. BaseHTTPRequestHandler and http.client parse far more than a relay needs.
+#
+# A Server has a thread that accepts, a thread for each connection, and the main thread for the
+# housekeeping. A connection's thread reads a request (Client), has the App answer it, and closes
+# the connection at its end; others only make it give way. The way of a relayed request (_Relay):
+#     ask     over a connection of the upstream's pool; a kept one that has died is replaced, once
+#     head    interim answers are dropped; in each silence the client is looked at, and told to wait
+#     judge   an error, or a stream that begins with one, may be rejected: another tier is asked
+#     begin   the first byte goes on: the body is let go of, and no other tier is asked any more
+#     pass on until the body has ended (done), or ends without an end (broken)
+# The upstream's connection goes back to its pool once an answer was read whole, and is closed by
+# _Relay.run() in every other case, whatever was raised.
+#
 # To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
 # moves the latency by 10 us from one start to the next.
 
@@ -8234,17 +8268,14 @@ class Client:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
-            payload: List[bytes] = []
             try:
-                over = framing.feed(data, payload)
+                body += framing.feed(data)
             except ValueError as exc:
                 raise HttpError(400, str(exc)) from None
-            body += b"".join(payload)
             if len(body) > MAX_BODY_BYTES:
                 raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-            if framing.done:
-                self._buffer = data[len(data) - over:]
+            if framing.ended:
+                self._buffer = data[len(data) - framing.over:]
                 return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
@@ -8385,7 +8416,7 @@ class Client:
 
     def _drain(self) -> None:
         """Say no more, and take what the client still says. Errors: OSError, ValueError."""
-        self._sock.shutdown(socket.SHUT_WR)
+        self.half_close()
         _set_patience(self._sock, 200)
         for _ in range(64):
             if not self._sock.recv(RECV_BYTES):
@@ -8394,11 +8425,9 @@ class Client:
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
-        self.keep_alive = False
         other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
             for sock in other:
-                sock.settimeout(None)
                 _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
@@ -8547,36 +8576,25 @@ def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]
     data, end = bytearray(), -1
     while end < 0:
         searched = len(data)
-        data += _next_piece(pieces)
+        piece = next(pieces, b"")
+        if not piece:
+            raise ValueError("the answer ended early")
+        data += piece
         if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
             raise ValueError("an answer without end")
         end = data.find(b"\r\n\r\n", max(searched - 3, 0))
     response = parse_response_head(bytes(data[:end]), method)
-    del data[:end + 4]
-    if response.framing == "none":
-        return response, b""
-    if response.framing == "close":
-        return response, bytes(data) + b"".join(pieces)
-    if response.framing == "chunked":
-        return response, _read_chunks(bytes(data), pieces)
-    while len(data) < response.length:
-        data += _next_piece(pieces)
-    return response, bytes(data[:response.length])
-
-
-def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-    framing.feed(data, payload)
-    while not framing.done:
-        framing.feed(_next_piece(pieces), payload)
-    return b"".join(payload)
-
-
-def _next_piece(pieces: Iterator[bytes]) -> bytes:
-    data = next(pieces, b"")
-    if not data:
-        raise ValueError("the answer ended early")
-    return data
+    body = body_of(response)
+    payload = bytearray(body.feed(bytes(data[end + 4:])))
+    while not body.ended:
+        piece = next(pieces, b"")
+        if piece:
+            payload += body.feed(piece)
+        elif response.framing == "close":
+            break
+        else:
+            raise ValueError("the answer ended early")
+    return response, bytes(payload)
 
 
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
@@ -8829,51 +8847,6 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-class _Sized:
-    """A body of a length that its head says."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-        self.ended = length == 0
-        self.over = 0                           # bytes behind the end
-
-    def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is the body's. Errors: UpstreamBroken, in all these classes."""
-        payload = data[:self._left]
-        self._left -= len(payload)
-        self.ended = self._left == 0
-        self.over += len(data) - len(payload)
-        return payload
-
-
-class _Chunked:
-    """A body in chunks."""
-
-    def __init__(self) -> None:
-        self._framing = ChunkFraming()
-        self.ended = False
-        self.over = 0
-
-    def feed(self, data: bytes) -> bytes:
-        payload: List[bytes] = []
-        try:
-            self.over += self._framing.feed(data, payload)
-        except ValueError as exc:
-            raise UpstreamBroken(str(exc)) from None
-        self.ended = self._framing.done
-        return payload[0] if len(payload) == 1 else b"".join(payload)
-
-
-class _ToTheClose:
-    """A body that goes up to the end of its connection."""
-
-    ended = False
-    over = 0
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-
 def _retyped(response: Response, content_type: bytes) -> Response:
     """The head of an answer whose body is going to be another."""
     of_body = (b"content-type:", b"content-length:")
@@ -8896,13 +8869,7 @@ class _Answer:
                  translation: Optional[Translation] = None) -> None:
         self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
-        self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
-        if response.framing == "none":
-            self._body = _Sized(0)
-        elif response.framing == "chunked":
-            self._body = _Chunked()
-        elif response.framing == "close":
-            self._body = _ToTheClose()
+        self._body = body_of(response)
         length_known = response.framing in ("length", "none") and not client.opened
         if translation is not None:
             length_known = False
@@ -8923,7 +8890,10 @@ class _Answer:
 
     def feed(self, data: bytes) -> bytes:
         """What of the next bytes is payload. Errors: UpstreamBroken."""
-        payload = self._body.feed(data)
+        try:
+            payload = self._body.feed(data)
+        except ValueError as exc:
+            raise UpstreamBroken(str(exc)) from None
         if len(payload) >= TAIL_BYTES:
             self.tail = payload[-TAIL_BYTES:]
         elif payload:
@@ -9009,9 +8979,12 @@ def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
-    framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"" if response.status == 101 else client.connection_line()
-    return b"".join((response.text, framing, close, client.for_page(), extra, b"\r\n"))
+    lines = response.text
+    if chunked:
+        lines += b"Transfer-Encoding: chunked\r\n"
+    if response.status != 101:                  # its Connection line is the upstream's
+        lines += client.connection_line()
+    return b"".join((lines, client.for_page(), extra, b"\r\n"))
 
 
 class _Relay:
@@ -9050,27 +9023,22 @@ class _Relay:
 
         Errors: UpstreamBroken, ClientGone.
         """
-        response, judge = answer.response, self._terms.judge
-        opened = self._client.opened
-        if response.status == 200 and response.events:
-            if judge is None and not opened:
-                return None, answer.feed(data)
+        response, judge, opened = answer.response, self._terms.judge, self._client.opened
+        stream = response.status == 200 and response.events
+        suspect = stream or response.status >= 400 or opened
+        if not suspect or (judge is None and not opened):
+            return None, answer.feed(data)
+        if stream:
             payload = _first_event(answer, receiver, data)
             broken = answer.why_broken() if answer.ended else ""
             status = 500 if broken else event_error(answer.first)
             text = broken or answer.first.decode("utf-8", "replace")
-        elif response.status >= 400 or opened:
-            if judge is None and not opened:
-                return None, answer.feed(data)
-            payload = _short_body(answer, receiver, data)
-            text = payload.decode("utf-8", "replace")
-            status = response.status
         else:
-            return None, answer.feed(data)
-        stream_error = response.status == 200 and response.events
-        if status and (judge and judge(status, text)):
-            return Outcome("rejected", status, text, _retry_after_s(response)), payload
-        if opened and not stream_error:
+            payload = _short_body(answer, receiver, data)
+            status = response.status
+            text = payload.decode("utf-8", "replace")
+        rejected = bool(status and judge and judge(status, text))
+        if rejected or (opened and not stream):     # what is no stream cannot follow one's events
             return Outcome("rejected", status, text, _retry_after_s(response)), payload
         return None, payload
 
