@@ -9686,9 +9686,15 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
+    remedy = "see its log"                      # ...of what does not answer; the router knows better
     page_url = ""                               # of the router's page
     has_others = False                          # it may serve models that models.ini does not name
     loading_state = "visible"                   # how a stream that waits is told so, see Config
+
+    @property
+    def nobody(self) -> str:
+        """Who does not answer, in words."""
+        return f"nothing answers behind the router at {self.address}"
 
     def memory(self) -> Dict[str, Any]:
         """The budget, and what is short, as `status` and `fit` show it; {} where it has none."""
@@ -9710,8 +9716,8 @@ class Behind(App):
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
 
@@ -9778,8 +9784,8 @@ class UpstreamApp(Behind):
             raise ValueError(response.status)
         return listing
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         name, stream = "", False
         if inference_path(request.target):
             values = _json_of(request, body)
@@ -9790,8 +9796,7 @@ class UpstreamApp(Behind):
             request = with_header(request, UNCOMPRESSED)
         outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
         what = f"{request.method} {request.target.partition('?')[0]}"
-        nobody = f"nothing answers behind the router at {self.address}"
-        tell_failure(client, self.log, what, outcome, nobody, remedy or "see its log")
+        tell_failure(client, self.log, what, outcome, self.nobody, self.remedy)
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -10439,10 +10444,13 @@ class Breaker:
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
         """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
-        if growing and self._down.get(tier, (0.0, ""))[0] <= now:
-            self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
-        doubled = 2 ** max(self._strikes.get(tier, 0) - 1, 0)
-        seconds = seconds or BREAKER_S * doubled
+        strikes = self._strikes.get(tier, 0)
+        until, _ = self._down.get(tier, (0.0, ""))
+        if growing and until <= now:            # not of requests that were under way together
+            strikes = min(strikes + 1, 8)
+            self._strikes[tier] = strikes
+        if not seconds:
+            seconds = BREAKER_S * 2 ** max(strikes - 1, 0)
         self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
 
     def answered(self, tier: str) -> None:
@@ -10533,11 +10541,11 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | request.words
-    kept = tuple(h for h in request.headers if h[0] not in drop)
+    kept = [h for h in request.headers if h[0] not in drop]
+    headers = (*kept, *route.headers, UNCOMPRESSED)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    asks = request._replace(headers=(*kept, *route.headers, UNCOMPRESSED))
-    return asks, target
+    return request._replace(headers=headers), target
 
 
 def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
@@ -10649,9 +10657,10 @@ class Asked:
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
     names = ["auto", *(tier.name for tier in config.offered)]
-    known = [*names, *(alias for tier in config.offered for alias in tier.aliases)]
-    near = _did_you_mean(str(model), known)
-    return HttpError(404, f"there is no model {str(model)[:200]!r}{near or '.'} The models here are"
+    aliases = [alias for tier in config.offered for alias in tier.aliases]
+    asked = str(model)
+    near = _did_you_mean(asked, [*names, *aliases]) or "."
+    return HttpError(404, f"there is no model {asked[:200]!r}{near} The models here are"
                           f" {', '.join(names)}", "not_found")
 
 
@@ -10712,10 +10721,12 @@ class Ladder:
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        decision = self.decision
-        down = {*decision.down, *self._snapshot.barred}
-        order = [t for t in decision.preference if t.name not in self._tried]
-        holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
+        facts, down = self.decision.facts, self.decision.down
+        holds = []
+        for tier in self.decision.preference:
+            needed = tokens + output_reserve(facts, tier)
+            if tier.name not in self._tried and needed <= tier.ctx_size:
+                holds.append(tier)
         return [t for t in holds if t.name not in down] or holds[:1]
 
     def settle(self, outcome: Outcome) -> bool:
@@ -10744,7 +10755,7 @@ class Ladder:
             if host is not None and not host.offline:       # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
         elif self._own_fault or not falls_through(outcome.status, route.hosted):
-            if route.hosted:
+            if route.hosted:                    # it works: the request is at fault
                 self._breaker.answered(name)
         else:
             self._breaker.trip(name, f"answered {outcome.status} a moment ago",
@@ -10778,6 +10789,7 @@ class RouterApp(App):
                  setting: Optional[Setting] = None) -> None:
         self.log, self.behind = log, behind
         self._given = setting or Setting()
+        behind.remedy = self._given.remedy
         self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
         self._record = self._given.record
@@ -10832,10 +10844,12 @@ class RouterApp(App):
             route = plan_route(tier, config, missing)
             if tier.backend == "openai":
                 url = tier.base_url
-                host = hosts.get(url) or known.get(url) or self._host(url)
-                hosts[url] = host
-                route = self._to_host(route, host)
-            routes.update(dict.fromkeys(tier.names, route))
+                if url not in hosts:
+                    # A host goes on with its connections, and with what it knows of the network.
+                    hosts[url] = known.get(url) or self._host(url)
+                route = self._to_host(route, hosts[url])
+            for name in tier.names:
+                routes[name] = route
         barred = {**self._given.unserved(config), **missing}
         names = (*config.allowed_hosts, *self._own_names)
         return Snapshot(config, routes, hosts, barred, asked, served, names)
@@ -10965,7 +10979,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
+        self.behind.pass_on(client, wanted, b"", drop)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -10977,15 +10991,17 @@ class RouterApp(App):
             name = values.get("model")
         else:
             place = form_model(request.header(b"content-type"), body)
-            name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
-            name = name or _asked_in(request.target)
+            start, end = place
+            in_form = str(body[start:end], "utf-8", "replace").strip()
+            name = in_form or _asked_in(request.target)
             values = {"model": name}
-        tier = ""
-        if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
+        route: Optional[Route] = None
+        named = isinstance(name, str) and not is_auto(name)
+        if named and not path.startswith("/upstream/"):
             tier = self._resolve(request, name, drop)
-        route = self._snapshot.routes.get(tier)
+            route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._given.remedy)
+            self.behind.pass_on(client, request, body, drop)
             return
         target = request.target
         if route.host is None:
@@ -11051,10 +11067,10 @@ class RouterApp(App):
     def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
         """The entry of what a name means, under that name. Errors: HttpError 404."""
         by_id = {str(entry.get("id")): entry for entry in entries}
-        entry = by_id.get(name) or by_id.get(resolve_name(self.config, name))
-        if entry is None:
-            raise unknown_model(self.config, name)
-        return {**entry, "id": name}
+        for known in (name, resolve_name(self.config, name)):
+            if known in by_id:
+                return {**by_id[known], "id": name}
+        raise unknown_model(self.config, name)
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
@@ -11063,17 +11079,22 @@ class RouterApp(App):
 
     def state(self) -> Dict[str, Dict[str, str]]:
         """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
-        routes = self._snapshot.routes.values()
-        found = {r.tier.name: ("available", "") for r in routes if r.hosted}
-        found.update((t, ("failing", why)) for t, why in self._breaker.down().items())
-        found.update((t, ("offline", why)) for t, why in self._offline().items())
-        found.update((t, ("not served", why)) for t, why in self._snapshot.barred.items())
-        for route in routes:
+        now = self._snapshot
+        found = {}
+        for route in now.routes.values():
+            if route.hosted:
+                found[route.tier.name] = {"state": "available", "reason": ""}
+        # What stands further down counts for more.
+        for state, tiers in (("failing", self._breaker.down()), ("offline", self._offline()),
+                             ("not served", now.barred)):
+            for name, why in tiers.items():
+                found[name] = {"state": state, "reason": why}
+        for route in now.routes.values():
             status, why, _ = route.refused
             if status:
                 state = "local_only" if status == 403 else "no credential"
-                found[route.tier.name] = (state, why)
-        return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
+                found[route.tier.name] = {"state": state, "reason": why}
+        return found
 
     # ---- for those who look on
 
@@ -11090,23 +11111,37 @@ class RouterApp(App):
     def look(self) -> Dict[str, Any]:
         """The router's parts of a snapshot."""
         watched = self.behind.watched()
-        models = watched.get("models", {})
-        taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
-        parked = watched.get("parked", [])
-        memory = {"budget": watched.get("budget", 0), "resident": taken,
-                  "parked": sum(row["bytes"] for row in parked),
-                  "pressure": watched.get("pressure", "")}
-        return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
-                "parked": parked, "requests": self._under_way()}
+        models, parked = watched.get("models", {}), watched.get("parked", [])
+        in_memory = [row for row in models.values() if row["state"] in IN_MEMORY]
+        memory = {
+            "budget": watched.get("budget", 0),
+            "resident": sum(row.get("bytes", 0) for row in in_memory),
+            "parked": sum(row["bytes"] for row in parked),
+            "pressure": watched.get("pressure", ""),
+        }
+        return {
+            "about": self._about(),
+            "tiers": self._tier_rows(models),
+            "memory": memory,
+            "parked": parked,
+            "requests": self._under_way(),
+        }
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
-            mark = told.get(tier.name, {"state": "unknown", "reason": ""})
-            row = {"name": tier.name, "role": tier.role, "backend": tier.backend,
-                   "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
-                   **mark, **models.get(tier.name, {})}
+            name = tier.name
+            mark = told.get(name, {"state": "unknown", "reason": ""})
+            row = {
+                "name": name,
+                "role": tier.role,
+                "backend": tier.backend,
+                "ctx_size": tier.ctx_size,
+                "per_s": self.events.rates.get(name, 0.0),
+                **mark,
+                **models.get(name, {}),
+            }
             row["reason"] = row["reason"] or mark["reason"]
             if tier.backend == "litellm" and row["state"] == "available":
                 row["state"] = models.get(PROXY, row)["state"]
@@ -11130,9 +11165,10 @@ class RouterApp(App):
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
             ("llmstack_connections", ()): self.server.connections() if self.server else 0}
+        memory = state["memory"]
         for kind in ("budget", "resident"):
-            samples["llmstack_memory_bytes", (kind,)] = state["memory"][kind]
-        samples["llmstack_parked_bytes", ()] = state["memory"]["parked"]
+            samples["llmstack_memory_bytes", (kind,)] = memory[kind]
+        samples["llmstack_parked_bytes", ()] = memory["parked"]
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -11224,7 +11260,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name])
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -11279,36 +11315,43 @@ class RouterApp(App):
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
-        known = asked.known
-        tokens = known.held.get(known.tier, 0)
-        if not tokens or known.tier == decision.tier or decision.rung == "fim":
+        held, old, new = asked.known.held, asked.known.tier, decision.tier
+        tokens = held.get(old, 0)
+        if not tokens or old == new or decision.rung == "fim":
             return STAYS
         needed = decision.facts.full_tokens
-        old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
-        held = min(known.held.get(decision.tier, 0), needed)
-        cost_s = leaving_cost(needed, old, tokens, new, held)
-        return Leaving(known.tier, tokens, cost_s)
+        old_pace = self.behind.pace(old, needed)
+        new_pace = self.behind.pace(new, needed)
+        held_there = min(held.get(new, 0), needed)
+        cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
+        return Leaving(old, tokens, cost_s)
 
     def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
         """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, now, tier = asked.known, asked.segments, row["tier"]
-        if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
-            share, where = same_beginning(known.segments, now)
-            row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
-                       client=client_named(asked.request.fields))
+        known, tier = asked.known, row["tier"]
+        before, now = known.segments, asked.segments
+        if len(now) > len(before) > 0:          # as many messages or fewer: it began anew
+            share, where = same_beginning(before, now)
+            row["same"] = round(share, 3)
+            row["differs"] = where
+            row["held"] = known.held.get(tier, 0)
+            row["client"] = client_named(asked.request.fields)
         if known.tier not in ("", tier):
-            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier],
-                           "cost_s": round(asked.leaving.cost_s, 1)}
-        if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
-            self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
+            cost_s = round(asked.leaving.cost_s, 1)
+            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
+        answered = row["ended"] == "done" and row["status"] < 400
+        if answered and row["truth"]:
+            held = row["truth"] + row["output"]
+            self._conversations.answered(asked.thread, tier, held, now)
 
     def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
-        row.update(conversation=self.events.name_of(asked.conversation),
-                   wait_s=round(asked.wait_s, 3), total_s=round(total_s, 3),
-                   stream=asked.stream)
+        row["conversation"] = self.events.name_of(asked.conversation)
+        row["wait_s"] = round(asked.wait_s, 3)
+        row["total_s"] = round(total_s, 3)
+        row["stream"] = asked.stream
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
@@ -11381,12 +11424,17 @@ class RouterApp(App):
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
-        rows = dict_of(self.behind.watched().get("models"))
+        rows = self.behind.watched().get("models", {})
         busy = {asked.tier for _, asked in list(self._ongoing.values())}
-        idle = [tier for tier in chain if tier.name not in busy
-                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        idle = []
+        for tier in chain:
+            state = rows.get(tier.name, {}).get("state")
+            if state == "loaded" and tier.name not in busy:
+                idle.append(tier)
         own = chain[0]
-        return [] if own in idle or own.backend != "gguf" else idle
+        if own in idle or own.backend != "gguf":
+            return []
+        return idle
 
     def _try(self, client: Client, ladder: Ladder) -> Outcome:
         """Ask the ladder's present tier. Errors: ClientGone."""
@@ -11408,23 +11456,36 @@ class RouterApp(App):
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
+        tier, by_ladder = route.tier.name, judge is not None
         name = route.model
-        if judge is not None or asked.model not in self._snapshot.routes:
-            name = name or route.tier.name
+        # What is behind us knows a tier's own names, but not `auto` and names by pattern.
+        if not name and (by_ladder or asked.model not in self._snapshot.routes):
+            name = tier
         pieces = asked.body_for(route, name)
-        lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
-        asked.tier, asked.lease = route.tier.name, lease
-        first_byte_s = 0.0
-        if route.host is not None:
+        if route.host is None:
+            lease = self.behind.lease(tier)
+        else:
+            lease = Lease(route.host)
             request, target = host_request(request, route, target)
-            drop = frozenset()
-        if route.hosted and judge is not None and asked.stream:
+            drop = frozenset()                  # it has dropped more already
+        asked.tier, asked.lease = tier, lease
+        first_byte_s = 0.0
+        if by_ladder and route.hosted and asked.stream:
             first_byte_s = FIRST_BYTE_S
         told = asked.stream and asked.translation is None
-        waiting = Waiting(client, asked.path, told, lease.stage, self.config.loading_state, headers)
-        terms = Terms(headers, drop, judge, waiting.tell,
-                      STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation, asked.patience_s)
+        mode = self.config.loading_state
+        waiting = Waiting(client, asked.path, told, lease.stage, mode, headers)
+        terms = Terms(
+            extra=headers,
+            drop=drop,
+            judge=judge,
+            waiting=waiting.tell,
+            ends=STREAM_ENDS.get(asked.path, ()),
+            first_byte_s=first_byte_s,
+            began=asked.release,
+            translation=asked.translation,
+            patience_s=asked.patience_s,
+        )
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
@@ -11437,8 +11498,7 @@ class RouterApp(App):
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
-        nobody = f"nothing answers behind the router at {self.behind.address}"
-        remedy = self._given.remedy
+        nobody, remedy = self.behind.nobody, self.behind.remedy
         if route.host is not None:
             nobody, remedy = f"no answer from {route.host.url}", ""
         lines = extra() if extra else b""
@@ -14172,8 +14232,8 @@ class EngineApp(Behind):
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         return {"object": "list", "data": self._listing()}
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
@@ -14530,15 +14590,15 @@ class SwapApp(UpstreamApp):
             return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if self._bays and request.method == "POST" and request.target.startswith(park):
             self._bays.park(request.target[len(park):])
             client.reply(200, b"OK", _PLAIN)
             return
-        super().pass_on(client, request, body, drop, remedy)
+        super().pass_on(client, request, body, drop)
 
 
 # ==================================================================================================
