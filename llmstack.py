@@ -5319,14 +5319,20 @@ def tokens_said(said: bytes) -> Counts:
     output = of(b"predicted_n") or of(b"completion_tokens") or of(b"output_tokens") or 0
     prompt = of(b"prompt_tokens") or 0
     if b"prompt_n" in found:                    # llama.cpp: what was read anew
-        prompt = found[b"prompt_n"] + found.get(b"cache_n", 0)
+        prompt = found[b"prompt_n"] + of(b"cache_n", 0)
     elif not prompt:
         prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-            prompt += cached + found.get(b"cache_creation_input_tokens", 0)
-    return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0), int(found.get(b"draft_n", 0)),
-                  int(found.get(b"draft_n_accepted", 0)))
+            prompt += cached + of(b"cache_creation_input_tokens", 0)
+    return Counts(
+        prompt=int(prompt),
+        cached=int(cached),
+        output=int(output),
+        read_per_s=of(b"prompt_per_second", 0.0),
+        written_per_s=of(b"predicted_per_second", 0.0),
+        drafted=int(of(b"draft_n", 0)),
+        accepted=int(of(b"draft_n_accepted", 0)),
+    )
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -5378,7 +5384,9 @@ def own_fault(status: int, text: str) -> bool:
 
     llama.cpp answers 500 to a picture without a projector, and to tools that it cannot parse.
     """
-    return status == 500 and bool(pictures_refused(text) or _TOOL_FAULT.search(text[:RECV_BYTES]))
+    if status != 500:
+        return False
+    return pictures_refused(text) or bool(_TOOL_FAULT.search(text[:RECV_BYTES]))
 
 
 def falls_through(status: int, hosted: bool = False) -> bool:
@@ -5429,13 +5437,14 @@ def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) ->
         if message.get("role") == "user":
             first = text
             break
-    named = body.get("prompt_cache_key") or body.get("session_id")
+    key = body.get("prompt_cache_key") or body.get("session_id")
     for name in _SESSION_HEADERS:
         if fields.get(name):
-            named = fields[name].decode("latin-1")
+            key = fields[name].decode("latin-1")
             break
-    key = named[:200] if isinstance(named, str) else ""
-    if not key:
+    if isinstance(key, str) and key:
+        key = key[:200]
+    else:
         text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
         key = f"{hash(text):x}" if text else ""
     if not key or first is None:
@@ -5478,8 +5487,9 @@ def prompt_segments(body: Mapping[str, Any]) -> Segments:
     first = 0
     while first < len(messages) and messages[first].get("role") in ("system", "developer"):
         first += 1
-    above = [body.get("system"), body.get("instructions"), *messages[:first]]
-    found = [*_segment(above), *_segment([body.get("tools"), body.get("functions")])]
+    system = [body.get("system"), body.get("instructions"), *messages[:first]]
+    tools = [body.get("tools"), body.get("functions")]
+    found = [*_segment(system), *_segment(tools)]
     for message in messages[first:]:
         found += _message_segment(message)
     return tuple(found)
@@ -5490,22 +5500,24 @@ def same_beginning(before: Segments, now: Segments) -> Tuple[float, str]:
 
     Told in characters; "" where the next goes on where the last ended.
     """
-    same = 0
+    same_chars = 0
     for i in range(0, len(before), 2):
         if before[i:i + 2] != now[i:i + 2]:
-            where = f"message {i // 2 - 1}"
-            if i < 4:
-                where = ("system text", "tools")[i // 2]
-            return same / sum(before[1::2]), where
-        same += before[i + 1]
+            part = i // 2                       # 0: the system's, 1: the tools, then messages
+            where = f"message {part - 1}"
+            if part < 2:
+                where = ("system text", "tools")[part]
+            return same_chars / sum(before[1::2]), where
+        same_chars += before[i + 1]
     return 1.0, ""
 
 
 def waiting_event(words: str) -> bytes:
     """A chat's event that shows what is waited for, as llama-swap's loading state does."""
     delta = {"role": "assistant", "reasoning_content": words + "\n"}
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
     event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
-             "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+             "model": "llmstack", "choices": [choice]}
     return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -5556,7 +5568,9 @@ def prompt_read(log: str) -> float:
             shares.pop(task, None)
         else:
             shares[task] = float(share)
-    return sum(shares.values()) if len(shares) == 1 else 0.0
+    if len(shares) != 1:
+        return 0.0
+    return sum(shares.values())
 
 
 def percent_words(share: float) -> str:
@@ -9855,12 +9869,24 @@ def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str
     row: Dict[str, Any] = {
         "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
-        "path": path, "tier": tier, "rung": "explicit",
-        "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
-        "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
-        "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
-        "cached": counts.cached, "output": counts.output, "ended": outcome.state,
-        "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+        "path": path,
+        "tier": tier,
+        "rung": "explicit",
+        "tokens": facts.tokens,
+        "estimate": facts.full_tokens,
+        "truth": counts.prompt,
+        "ratio": round(facts.ratio, 3),
+        "turns": facts.turns,
+        "max_tokens": facts.max_tokens,
+        "pictures": facts.pictures,
+        "fim": facts.fim,
+        "trigger": facts.trigger,
+        "cached": counts.cached,
+        "output": counts.output,
+        "ended": outcome.state,
+        "status": outcome.status,
+        "first_byte_s": round(outcome.first_byte_s, 3),
+    }
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
     if counts.drafted:
@@ -9937,15 +9963,15 @@ class Counters:
         self._sums[key] = self._sums.get(key, 0) + by
 
     def _observe(self, name: str, seconds: float) -> None:
-        over = bisect.bisect_left(SECONDS_BUCKETS, seconds)
-        self._buckets[name][over] += 1
+        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
+        self._buckets[name][bucket] += 1
         self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
-        tier = row["tier"]
+        tier, ended = row["tier"], row["ended"]
         with self._lock:
-            self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
+            self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
             if "fallbacks" in row:
                 self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
             for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
@@ -9954,7 +9980,7 @@ class Counters:
             if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
-            if row["ended"] in ("done", "broken"):
+            if ended in ("done", "broken"):
                 self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
@@ -9965,9 +9991,11 @@ class Counters:
             seconds = dict(self._seconds)
         lines = []
         for name, metric in METRICS.items():
-            lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
-            lines += [_sample_line(name, metric.labels, labels, value)
-                      for (sample, labels), value in samples.items() if sample == name]
+            lines.append(f"# HELP {name} {metric.help}")
+            lines.append(f"# TYPE {name} {metric.kind}")
+            for (sample, labels), value in samples.items():
+                if sample == name:
+                    lines.append(_sample_line(name, metric.labels, labels, value))
             if metric.kind == "histogram":
                 lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
@@ -9975,17 +10003,22 @@ class Counters:
 
 def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
     """Each bucket counts all that is at most its limit."""
-    limits = [*(f"{limit:g}" for limit in SECONDS_BUCKETS), "+Inf"]
-    sums = list(itertools.accumulate(counts))
-    lines = [_sample_line(f"{name}_bucket", ("le",), (limit,), below)
-             for limit, below in zip(limits, sums)]
-    return [*lines, _sample_line(f"{name}_sum", (), (), seconds),
-            _sample_line(f"{name}_count", (), (), sums[-1])]
+    lines = []
+    below = 0
+    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
+    for limit, count in zip(limits, counts):
+        below += count
+        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
+    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
+    lines.append(_sample_line(f"{name}_count", (), (), below))
+    return lines
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
-    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, values))
-    return f"{name}{{{pairs}}} {value:.12g}" if values else f"{name} {value:.12g}"
+    pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
+    if pairs:
+        name += "{" + ",".join(pairs) + "}"
+    return f"{name} {value:.12g}"
 
 
 class Events:
@@ -10007,9 +10040,9 @@ class Events:
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
         self._points: Any = collections.deque(maxlen=POINTS_KEPT)
         self._listeners = 0
-        self._asking = threading.Lock()
-        self._state: Dict[str, Any] = {}
-        self._asked_s = -1e9
+        self._asking = threading.Lock()         # of the sources: one asks, the others wait
+        self._state: Dict[str, Any] = {}        # what they told last...
+        self._asked_s = -1e9                    # ...and when that was
 
     def name_of(self, conversation: str) -> str:
         """What a conversation is called: a hash of its key that nobody can look up."""
@@ -10046,12 +10079,17 @@ class Events:
 
     def snapshot(self, after: int = 0) -> Dict[str, Any]:
         """Everything, of the decisions those behind number `after`."""
-        since = time.time() - 3600
-        rows = self._rows_after(after)
+        now = time.time()
+        decisions = self._rows_after(after)
         with self._lock:
-            points = [point for point in self._points if point[0] > since]
-        return {**self.state(), "now": round(time.time(), 1), "start": self._start,
-                "points": points, "decisions": rows}
+            points = [point for point in self._points if point[0] > now - 3600]
+        return {
+            **self.state(),
+            "now": round(now, 1),
+            "start": self._start,
+            "points": points,
+            "decisions": decisions,
+        }
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
@@ -10071,9 +10109,10 @@ class Events:
 
     def _tell(self, client: Client, last_id: str) -> None:
         """First everything, then what changes. Errors: ClientGone."""
+        after = 0
         start, _, number = last_id.partition("-")
-        known = start == self._start and re.match("[0-9]{1,15}\\Z", number)
-        after = int(number) if known else 0
+        if start == self._start and re.match("[0-9]{1,15}\\Z", number):
+            after = int(number)                 # the client comes back, and has those
         client.open_stream()
         told = self.snapshot(after)
         after = self._send(client, "snapshot", told, after)
@@ -10097,9 +10136,10 @@ class Events:
     def _send(self, client: Client, kind: str, value: Mapping[str, Any], after: int) -> int:
         """Send an event; the number of the last decision that the client then has."""
         rows = value.get("decisions")
-        after = rows[-1]["number"] if rows else after
-        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        client.send_event(f"id: {self._start}-{after}\nevent: {kind}\ndata: {data}\n\n".encode())
+        if rows:
+            after = rows[-1]["number"]
+        lines = f"id: {self._start}-{after}\nevent: {kind}\ndata: {_ENCODE(value)}\n\n"
+        client.send_event(lines.encode())
         return after
 
 
