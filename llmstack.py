@@ -4808,16 +4808,6 @@ def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
 
 
-def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
-    """(method, target, minor version). Errors: HttpError 400."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        raise HttpError(400, "malformed request line")
-    method, target, minor = match.groups()
-    target = _origin_form(method, target)
-    return method.decode("ascii"), target.decode("latin-1"), int(minor)
-
-
 def _origin_form(method: bytes, target: bytes) -> bytes:
     """A target (3.2) without scheme and host. Errors: HttpError 400."""
     if method == b"CONNECT":
@@ -4829,6 +4819,16 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
         raise HttpError(400, "the target is no path; it begins with /")
     path = absolute.group(1)
     return path if path.startswith(b"/") else b"/" + path
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
 
 
 def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
@@ -5171,6 +5171,10 @@ def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
 # ---- our own errors
 
 
+_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
+                    "not_found": "not_found_error", "forbidden": "permission_error"}
+
+
 def error_json(message: str, kind: str, code: Union[int, str, None] = None,
                protocol: str = "") -> bytes:
     """An error body in the shape of the path asked: OpenAI's, Anthropic's or Ollama's."""
@@ -5182,23 +5186,6 @@ def error_json(message: str, kind: str, code: Union[int, str, None] = None,
         value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
                                             "message": message}}
     return json.dumps(value, ensure_ascii=False).encode()
-
-
-_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
-                    "not_found": "not_found_error", "forbidden": "permission_error"}
-
-
-def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
-    """A server-sent event that says a stream has failed.
-
-    opencode (1.18) asks again upon the word server_error.
-    """
-    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
-    if protocol.startswith("/v1/messages"):
-        return b"event: error\ndata: " + body + b"\n\n"
-    if protocol == "/v1/responses":
-        return _failed_response(message, kind)
-    return b"data: " + body + b"\n\n"
 
 
 def _failed_response(message: str, kind: str) -> bytes:
@@ -5215,6 +5202,19 @@ def _failed_response(message: str, kind: str) -> bytes:
     return b"".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
         for event in (said, failed))
+
+
+def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
+    """A server-sent event that says a stream has failed.
+
+    opencode (1.18) asks again upon the word server_error.
+    """
+    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    if protocol.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    if protocol == "/v1/responses":
+        return _failed_response(message, kind)
+    return b"data: " + body + b"\n\n"
 
 
 # ---- who may ask
@@ -8168,6 +8168,24 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
         return b""
 
 
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
+
+
 class Client:
     """The side of a connection that asks. Only give_way() is for other threads."""
 
@@ -8451,25 +8469,53 @@ class Client:
                 pass
 
 
-def _carry(source: socket.socket, target: socket.socket) -> bool:
-    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
-    data = source.recv(RECV_BYTES)
-    if data:
-        target.sendall(data)
-    else:
-        target.shutdown(socket.SHUT_WR)
-    return bool(data)
-
-
-def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
-    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
-    while ready.get_map():
-        for key, _ in ready.select():
-            if not _carry(key.fileobj, other[key.fileobj]):
-                ready.unregister(key.fileobj)
-
-
 JSON_LINE = b"Content-Type: application/json\r\n"
+
+
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        piece = next(pieces, b"")
+        if not piece:
+            raise ValueError("the answer ended early")
+        data += piece
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    body = body_of(response)
+    payload = bytearray(body.feed(bytes(data[end + 4:])))
+    while not body.ended:
+        piece = next(pieces, b"")
+        if piece:
+            payload += body.feed(piece)
+        elif response.framing == "close":
+            break
+        else:
+            raise ValueError("the answer ended early")
+    return response, bytes(payload)
 
 
 class Upstream:
@@ -8563,52 +8609,6 @@ class Upstream:
             return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
-
-
-def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
-    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
-    deadline = time.monotonic() + timeout_s
-    total = 0
-    while True:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            data = sock.recv(RECV_BYTES)
-        except _LAPSED:
-            data = None
-        if data is None or time.monotonic() > deadline:
-            raise OSError(f"no answer within {timeout_s:g} s")
-        if not data:
-            return
-        total += len(data)
-        if total > limit_bytes:
-            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
-        yield data
-
-
-def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
-    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
-    data, end = bytearray(), -1
-    while end < 0:
-        searched = len(data)
-        piece = next(pieces, b"")
-        if not piece:
-            raise ValueError("the answer ended early")
-        data += piece
-        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
-            raise ValueError("an answer without end")
-        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    response = parse_response_head(bytes(data[:end]), method)
-    body = body_of(response)
-    payload = bytearray(body.feed(bytes(data[end + 4:])))
-    while not body.ended:
-        piece = next(pieces, b"")
-        if piece:
-            payload += body.feed(piece)
-        elif response.framing == "close":
-            break
-        else:
-            raise ValueError("the answer ended early")
-    return response, bytes(payload)
 
 
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
@@ -8949,6 +8949,14 @@ class _Answer:
         return "its stream ended in the middle of an event"
 
 
+# The first event of a stream that is no comment, whole.
+_EVENT = re.compile(
+    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(
+    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
+
+
 def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     """The payload of an event stream up to the end of its first event that is no comment.
 
@@ -8963,14 +8971,6 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     found = _EVENT.search(payload)
     answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
     return payload
-
-
-# The first event of a stream that is no comment, whole.
-_EVENT = re.compile(
-    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(
-    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
-_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
 def event_error(event: bytes) -> int:
@@ -8999,6 +8999,20 @@ def _response_head(response: Response, client: Client, extra: bytes, chunked: bo
     if response.status != 101:                  # its Connection line is the upstream's
         lines += client.connection_line()
     return b"".join((lines, client.for_page(), extra, b"\r\n"))
+
+
+def _cost(response: Response) -> float:
+    """Dollars, as LiteLLM says it in a header."""
+    value = response.header(b"x-litellm-response-cost")
+    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
+        return float(value)
+    return 0.0
+
+
+def _retry_after_s(response: Response) -> float:
+    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
+    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
+    return parse_retry_after(value.strip(), time.time())
 
 
 class _Relay:
@@ -9177,20 +9191,6 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     return _Relay(client, request, body, terms).run(upstream)
 
 
-def _cost(response: Response) -> float:
-    """Dollars, as LiteLLM says it in a header."""
-    value = response.header(b"x-litellm-response-cost")
-    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
-        return float(value)
-    return 0.0
-
-
-def _retry_after_s(response: Response) -> float:
-    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
-    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
-    return parse_retry_after(value.strip(), time.time())
-
-
 class App:
     """What a server does with its requests."""
 
@@ -9204,20 +9204,15 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(client: Client, app: App) -> None:
-    """Answer one connection's requests until it ends."""
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
     try:
-        while client.keep_alive:
-            if not _serve_request(client, app):
-                break
+        client.reply_error(status, message, "server_error", extra)
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback is for the log alone
-        import traceback
-        app.log.error("internal error\n" + traceback.format_exc())
-        _reply_last(client, 500, "internal error; see the log")
-    finally:
-        client.close()
 
 
 def _serve_request(client: Client, app: App) -> bool:
@@ -9237,15 +9232,20 @@ def _serve_request(client: Client, app: App) -> bool:
     return True
 
 
-def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
-    """Say why a connection ends, where that can be said."""
-    if client.answering:
-        return
-    client.keep_alive = False
+def serve_connection(client: Client, app: App) -> None:
+    """Answer one connection's requests until it ends."""
     try:
-        client.reply_error(status, message, "server_error", extra)
+        while client.keep_alive:
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
+    except Exception:                           # a bug: its traceback is for the log alone
+        import traceback
+        app.log.error("internal error\n" + traceback.format_exc())
+        _reply_last(client, 500, "internal error; see the log")
+    finally:
+        client.close()
 
 
 class Server:
@@ -9446,6 +9446,22 @@ class Lease:
         """Give the place back; once, whatever has happened."""
 
 
+def _end_when_silent(sock: socket.socket) -> None:
+    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
+    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
+        try:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:                         # named, and not known to this kernel
+            pass
+
+
 class Host(Upstream):
     """A host of hosted tiers that the router asks itself, and whether it can be reached."""
 
@@ -9546,22 +9562,6 @@ class Host(Upstream):
             result.close()
             self._mark_found()
         self._probing = False
-
-
-def _end_when_silent(sock: socket.socket) -> None:
-    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
-
-    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
-    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
-                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
-        try:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        except OSError:                         # named, and not known to this kernel
-            pass
 
 
 class Waiting:
@@ -9772,6 +9772,16 @@ class Behind(App):
         self.pass_on(client, request, body, frozenset())
 
 
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        return None
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
 class UpstreamApp(Behind):
     """One upstream for everything: `serve --upstream`, or llama-swap."""
 
@@ -9811,16 +9821,6 @@ class UpstreamApp(Behind):
         outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
         what = f"{request.method} {request.target.partition('?')[0]}"
         tell_failure(client, self.log, what, outcome, self.nobody, self.remedy)
-
-
-def _json_of(request: Request, body: bytes) -> Any:
-    """A JSON body, parsed; None for any other."""
-    if b"json" not in request.fields.get(b"content-type", b"").lower():
-        return None
-    try:
-        return json.loads(str(body, "utf-8"))
-    except (ValueError, RecursionError):
-        return None
 
 
 # ==================================================================================================
@@ -9944,6 +9944,26 @@ IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory
 Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
 
 
+def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
+    if pairs:
+        name += "{" + ",".join(pairs) + "}"
+    return f"{name} {value:.12g}"
+
+
+def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
+    """Each bucket counts all that is at most its limit."""
+    lines = []
+    below = 0
+    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
+    for limit, count in zip(limits, counts):
+        below += count
+        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
+    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
+    lines.append(_sample_line(f"{name}_count", (), (), below))
+    return lines
+
+
 class Counters:
     """The sums behind /metrics. A request pays some microseconds for them."""
 
@@ -9999,26 +10019,6 @@ class Counters:
             if metric.kind == "histogram":
                 lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
-
-
-def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
-    """Each bucket counts all that is at most its limit."""
-    lines = []
-    below = 0
-    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
-    for limit, count in zip(limits, counts):
-        below += count
-        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
-    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
-    lines.append(_sample_line(f"{name}_count", (), (), below))
-    return lines
-
-
-def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
-    pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
-    if pairs:
-        name += "{" + ",".join(pairs) + "}"
-    return f"{name} {value:.12g}"
 
 
 class Events:
@@ -10702,6 +10702,27 @@ def unknown_model(config: Config, model: object) -> HttpError:
     near = _did_you_mean(asked, [*names, *aliases]) or "."
     return HttpError(404, f"there is no model {asked[:200]!r}{near} The models here are"
                           f" {', '.join(names)}", "not_found")
+
+
+def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
+                     reason: str = "") -> bytes:
+    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
+    reason = reason or decision.reason
+    lines = (f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\n"
+             f"X-LLMStack-Reason: {reason}\r\n")
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
+    if fallbacks:
+        lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
+    return lines.encode("utf-8")
+
+
+def leaving_header(leaving: Leaving, tier: str) -> bytes:
+    """The line that says what it costs to go on elsewhere; b"" for a conversation that stays."""
+    if leaving.tier in ("", tier):
+        return b""
+    return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
 
 
 class Ladder:
@@ -11543,27 +11564,6 @@ class RouterApp(App):
             nobody, remedy = f"no answer from {route.host.url}", ""
         lines = extra() if extra else b""
         tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
-
-
-def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
-                     reason: str = "") -> bytes:
-    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
-    reason = reason or decision.reason
-    lines = (f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\n"
-             f"X-LLMStack-Reason: {reason}\r\n")
-    facts = decision.facts
-    if facts.classes:                           # the bounds did not decide: which number did
-        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
-    if fallbacks:
-        lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
-    return lines.encode("utf-8")
-
-
-def leaving_header(leaving: Leaving, tier: str) -> bytes:
-    """The line that says what it costs to go on elsewhere; b"" for a conversation that stays."""
-    if leaving.tier in ("", tier):
-        return b""
-    return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
 
 
 # ==================================================================================================
