@@ -983,9 +983,13 @@ def class_tokens(texts: Sequence[str]) -> int:
     sample = text
     if len(text) > _WINDOWS * _WINDOW_CHARS:
         step = len(text) // _WINDOWS
-        sample = "".join(text[i * step:i * step + _WINDOW_CHARS] for i in range(_WINDOWS))
-    ascii_classes = sample.encode("ascii", "ignore").decode("ascii").translate(_ASCII_CLASSES)
-    tokens = sum(ascii_classes.count(name) * rate for name, rate in _ASCII_RATES)
+        starts = range(0, step * _WINDOWS, step)
+        sample = "".join([text[start:start + _WINDOW_CHARS] for start in starts])
+    in_ascii = sample.encode("ascii", "ignore").decode("ascii")
+    classes = in_ascii.translate(_ASCII_CLASSES)
+    tokens = 0.0
+    for name, rate in _ASCII_RATES:
+        tokens += classes.count(name) * rate
     for char in _NOT_ASCII.findall(sample):
         code = ord(char)
         tokens += next(rate for end, rate in _WIDE_RATES if code < end)
@@ -1119,16 +1123,17 @@ class Decision(NamedTuple):
 
     def _why_not(self, tier: Tier) -> str:
         """Why a tier was not taken, in words."""
-        facts, routing, ladder = self.facts, self.config.routing, self.config.ladder
+        name, facts, config = tier.name, self.facts, self.config
+        routing, ladder = config.routing, config.ladder
         if tier.role not in LADDER_ROLES:
             return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
-        if self.config.local_only and tier.remote:
-            return f"{tier.name} is hosted, and {LOCAL_ONLY}"
+        if config.local_only and tier.remote:
+            return f"{name} is hosted, and {LOCAL_ONLY}"
         need = tokens_needed(facts, tier)
         if need > tier.ctx_size:
-            return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
-        if tier.name in self.down:
-            return f"{tier.name} is left alone for now: {self.down[tier.name]}"
+            return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
+        if name in self.down:
+            return f"{name} is left alone for now: {self.down[name]}"
         if ladder.index(tier) > ladder.index(self.chain[0]):
             return "below the tier taken"
         if facts.fim:
@@ -1191,8 +1196,9 @@ class Decision(NamedTuple):
     def _tier_after(self, fewer: int, more: int) -> str:
         """The tier of the same request with so many tokens fewer and so many user turns more."""
         facts = self.facts
+        chars = facts.chars - CHARS_PER_TOKEN * fewer
         changed = facts._replace(
-            chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0),
+            chars=max(chars, 0),
             wide=max(facts.wide - fewer, 0),
             classes=max(facts.classes - fewer, 0),
             turns=facts.turns + more)
@@ -1205,11 +1211,13 @@ class Decision(NamedTuple):
         if self.rung in ("explicit", "fim"):
             return ""
         above = self._above
-        steps = {facts.tokens - routing.high_fidelity_ceiling,
-                 facts.tokens - routing.mid_fidelity_ceiling,
-                 *(tokens_needed(facts, t) - t.ctx_size for t in above)}
-        found = [(fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0))
-                 for fewer in steps if fewer > 0]
+        too_many = [facts.tokens - routing.high_fidelity_ceiling,
+                    facts.tokens - routing.mid_fidelity_ceiling]
+        too_many += [tokens_needed(facts, tier) - tier.ctx_size for tier in above]
+        found = []
+        for fewer in too_many:
+            if fewer > 0:
+                found.append((fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0)))
         more = routing.multi_turn - facts.turns
         if more > 0:
             plural = "" if more == 1 else "s"
@@ -1241,15 +1249,23 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
-    tokens = facts.full_tokens
+    tokens = facts.full_tokens                  # once, as tokens_needed counts it for each tier
     holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
         # The largest says best how far a request is too long, and its server may count fewer.
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
-                    held=bool(holds))
+    return Decision(
+        tier=chain[0].name,
+        rung=rung,
+        chain=tuple(chain),
+        facts=facts,
+        config=config,
+        down=down,
+        preference=order,
+        held=bool(holds),
+    )
 
 
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
@@ -1270,17 +1286,18 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
     That one must hold it and be able to answer. A trigger and infill always have their way.
     """
     routing = decision.config.routing
-    if routing.stay == "no" or not leaving.tier or decision.rung in ("explicit", "fim", "trigger"):
+    if routing.stay == "no" or decision.rung in ("explicit", "fim", "trigger"):
         return decision
-    why = ""
+    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
+    if tier is None or tier.name in decision.down:
+        return decision
+    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+        return decision
     if loop:
         why = "amid its tool calls"
     elif routing.stay == "warm" and leaving.cost_s > routing.stay_s:
         why = f"leaving it costs {about_s(leaving.cost_s)}"
-    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
-    if not why or tier is None or tier.name in decision.down:
-        return decision
-    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+    else:
         return decision
     others = tuple(t for t in decision.chain if t is not tier)
     return decision._replace(tier=tier.name, chain=(tier, *others), stays=why)
@@ -4769,8 +4786,10 @@ def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
     `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
     in linear time, too. Errors: HttpError 400 for what can become no head.
     """
+    # The last three bytes may be the beginning of the empty line.
     end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+    length = end if end >= 0 else len(data) - 3
+    if length > MAX_HEAD_BYTES:
         raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
     if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
         raise HttpError(400, "a line ends in a bare CR or LF")
@@ -4859,6 +4878,7 @@ def parse_request_head(head: bytes) -> Request:
     method, target, minor = _parse_request_line(first)
     if len(lines) > MAX_HEADERS:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    # In reverse: of a header that is there twice, the first counts.
     fields = {name: value for name, value, _ in reversed(headers)}
     if len(fields) < len(headers):
         names = [name for name, _, _ in headers]
@@ -4875,12 +4895,18 @@ def parse_request_head(head: bytes) -> Request:
     if b"connection" in fields:
         words = _connection_words(headers)
     stays = minor == 1 or b"keep-alive" in words
+    upgrade = b"upgrade" in words and b"upgrade" in fields
     return Request(
-        method, target, minor, headers,
+        method=method,
+        target=target,
+        minor=minor,
+        headers=headers,
         keep_alive=stays and b"close" not in words,
-        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-        expects=minor == 1 and expect != b"",
-        fields=fields, length=length, words=words,
+        upgrade=upgrade and minor == 1,
+        expects=expect != b"" and minor == 1,
+        fields=fields,
+        length=length,
+        words=words,
     )
 
 
@@ -4907,11 +4933,12 @@ def parse_response_head(head: bytes, method: str) -> Response:
     match = _STATUS_LINE.match(first)
     if match is None:
         raise ValueError("no HTTP status line")
-    minor, code, reason = match.groups()
+    minor, code, reason = match.groups(b"")
     status = int(code)
     headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
-    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    codings = fields.get(b"transfer-encoding", b"").split(b",")
+    coding = codings[-1].strip()
     length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
@@ -4923,7 +4950,7 @@ def parse_response_head(head: bytes, method: str) -> Response:
         framing = "close"
     words = _connection_words(headers)
     stays = minor == b"1" or b"keep-alive" in words
-    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
+    text = [b"HTTP/1.1 " + code + b" " + reason]
     if status == 101:
         text += lines
     else:
@@ -4932,10 +4959,15 @@ def parse_response_head(head: bytes, method: str) -> Response:
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
         if framing == "length" or (framing == "none" and length >= 0):
             text.append(b"Content-Length: %d" % length)
+    stays = stays and b"close" not in words
+    content_type = fields.get(b"content-type", b"")
     return Response(
-        status, tuple(headers), framing, max(length, 0),
-        keep_alive=stays and b"close" not in words and framing != "close",
-        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        status=status,
+        headers=tuple(headers),
+        framing=framing,
+        length=max(length, 0),
+        keep_alive=stays and framing != "close",
+        events=content_type.startswith(b"text/event-stream"),
         text=b"\r\n".join(text) + b"\r\n",
     )
 
@@ -5247,9 +5279,11 @@ def origin_matches(origin: str, pattern: str) -> bool:
     scheme, _, place = origin.lower().partition("://")
     wanted, found, where = pattern.rpartition("://")
     if not found:
-        bare = place.rpartition(":")[0] or place
-        return scheme in ("http", "https") and host_matches(bare, where)
-    return scheme == wanted and (where == "*" or host_matches(place, where))
+        host = place.rpartition(":")[0] or place
+        return scheme in ("http", "https") and host_matches(host, where)
+    if scheme != wanted:
+        return False
+    return where == "*" or host_matches(place, where)
 
 
 def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
@@ -8529,11 +8563,12 @@ class Upstream:
         self.prefix = prefix.rstrip("/")
         self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
-        name = f"[{host}]" if ":" in host else host
-        usual_port = 443 if tls else 80
-        authority = name if port == usual_port else f"{name}:{port}"
+        scheme, usual_port = ("https", 443) if tls else ("http", 80)
+        authority = f"[{host}]" if ":" in host else host
+        if port != usual_port:
+            authority += f":{port}"
         self.authority = authority.encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
+        self.url = f"{scheme}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -8846,8 +8881,8 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 def request_head(request: Request, upstream: Upstream, target: str, length: int,
                  drop: FrozenSet[bytes] = frozenset()) -> bytes:
     """The head we send upstream for a client's request; one with a key gets that and no other."""
-    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
-             b"Host: " + upstream.authority]
+    first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
+    lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
     drop = drop.union(_DROPPED, request.words)
     if upstream.key:
         drop = drop | _KEY_HEADERS
@@ -8884,13 +8919,13 @@ class _Answer:
         self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
         self._body = body_of(response)
-        length_known = response.framing in ("length", "none") and not client.opened
+        sized = response.framing in ("length", "none") and not client.opened
         if translation is not None:
-            length_known = False
+            sized = False
             translation.begin(response.status)
             self.response = _retyped(response, translation.content_type)
-        self.chunked = client.minor == 1 and not length_known
-        if client.minor == 0 and not length_known:
+        self.chunked = client.minor == 1 and not sized
+        if client.minor == 0 and not sized:
             client.keep_alive = False           # its end tells that of the answer
 
     @property
@@ -9154,8 +9189,13 @@ class _Relay:
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
-        return Outcome("done", response.status, "", 0.0, answer.counts(),
-                       self._first_byte_s, _cost(response))
+        return Outcome(
+            "done",
+            response.status,
+            counts=answer.counts(),
+            first_byte_s=self._first_byte_s,
+            cost=_cost(response),
+        )
 
     def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
         """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
@@ -9571,9 +9611,11 @@ class Waiting:
 
     def __init__(self, client: Client, path: str, stream: bool, stage: Callable[[], str],
                  mode: str = "visible", extra: Optional[Callable[[], bytes]] = None) -> None:
-        self._client, self._stage, self._extra = client, stage, extra
+        self._client, self._extra = client, extra
+        self._stage = stage                     # says what is waited for
         self._silent = not stream or mode == "off"
-        self._visible = mode == "visible" and path == "/v1/chat/completions"
+        chats = path == "/v1/chat/completions"
+        self._visible = chats and mode == "visible"
         self._began_s = time.monotonic()
         self._next_s = self.GRACE_S             # of the next message, after the beginning
         self.ready_s = 0.0                      # how long it took until its model was ready
@@ -9798,10 +9840,12 @@ class UpstreamApp(Behind):
         return Lease(self.upstream)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
-        query = request.target.partition("?")[2]
-        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
-                        if name in (b"authorization", b"x-api-key") and name not in drop)
-        target = "/v1/models" + (f"?{query}" if query else "")
+        keys = b""
+        for name, _, line in request.headers:
+            if name in (b"authorization", b"x-api-key") and name not in drop:
+                keys += line + b"\r\n"
+        _, mark, query = request.target.partition("?")
+        target = "/v1/models" + mark + query
         response, body = self.upstream.get(target, 3.0, headers=keys)
         listing = json.loads(body)
         if response.status != 200 or not isinstance(listing, dict):
