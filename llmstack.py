@@ -9441,6 +9441,11 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 # What can answer a tier: a llama-server of the embedded engine, a model of llama-swap, LiteLLM's
 # proxy, a direct host. To a request they are all the same: a lease that becomes ready, has an
 # upstream, and is given back.
+#
+# ask_lease() is the one place where a request waits, on the thread of its connection: it looks at
+# the client in between, and tells a stream what it waits for (Waiting). Whoever leases ends the
+# lease, whatever has happened. How it came out is an Outcome; who asked says it to the client
+# (tell_failure), for only they know whether another backend is asked.
 
 
 class Lease:
@@ -9571,7 +9576,7 @@ class Host(Upstream):
                 self.since = self._clock()
             self.offline = why
         if first:
-            self.forget()
+            self.forget()                       # its kept connections lead nowhere, too
             self._log.warning(f"offline: no connection to {self.url} ({why});"
                               " auto runs locally meanwhile")
 
@@ -9742,7 +9747,7 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
-    remedy = "see its log"                      # ...of what does not answer; the router knows better
+    remedy = "see its log"                      # ...where it does not answer; see Setting
     page_url = ""                               # of the router's page
     has_others = False                          # it may serve models that models.ini does not name
     loading_state = "visible"                   # how a stream that waits is told so, see Config
@@ -10013,14 +10018,19 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # A counter without labels is shown before it has counted anything.
         self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
-        names = [name for name, metric in METRICS.items() if metric.kind == "histogram"]
-        self._seconds = dict.fromkeys(names, 0.0)
-        self._buckets = {name: [0] * (len(SECONDS_BUCKETS) + 1) for name in names}
+        self._seconds: Dict[str, float] = {}    # of a histogram, in all...
+        self._buckets: Dict[str, List[int]] = {}    # ...and how many fell into each bucket
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":
+                self._seconds[name] = 0.0
+                self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
 
-    def add(self, name: str, *labels: str, by: float = 1) -> None:
+    def count_left(self, tier: str) -> None:
+        """Count a request whose client has left before its end."""
         with self._lock:
-            self._add(name, labels, by)
+            self._add("llmstack_requests_total", (tier, "", "left"), 1)
 
     def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
         key = (name, labels)
@@ -10038,9 +10048,10 @@ class Counters:
             self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
             if "fallbacks" in row:
                 self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
-            for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
-                if row[key]:
-                    self._add("llmstack_tokens_total", (tier, kind), row[key])
+            tokens = {"prompt": row["truth"], "cached": row["cached"], "output": row["output"]}
+            for kind, count in tokens.items():
+                if count:
+                    self._add("llmstack_tokens_total", (tier, kind), count)
             if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
@@ -10077,7 +10088,7 @@ class Events:
         self.hearers: List[Callable[[Mapping[str, Any]], None]] = []    # of every row
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()           # of all below but the state
         self._salt = os.urandom(16).hex()
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
@@ -10309,34 +10320,36 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
 
 def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     """The body of chat/completions that asks what one of /api/chat or /api/generate asks."""
-    messages = _list_of(values.get("messages"))
+    ask = values.get
+    messages = _list_of(ask("messages"))
     if generate:
-        prompt = {"role": "user", "content": values.get("prompt"), "images": values.get("images")}
-        messages = [prompt]
-        if values.get("system"):
-            messages.insert(0, {"role": "system", "content": values["system"]})
+        messages = [{"role": "user", "content": ask("prompt"), "images": ask("images")}]
+        if ask("system"):
+            messages.insert(0, {"role": "system", "content": ask("system")})
     body: Dict[str, Any] = {
-        "model": values.get("model"),
+        "model": ask("model"),
         "messages": _openai_messages(messages),
-        "stream": values.get("stream") is not False,    # a stream, unless it says otherwise
+        "stream": ask("stream") is not False,   # a stream, unless it says otherwise
     }
     if body["stream"]:
         body["stream_options"] = {"include_usage": True}
-    if values.get("tools"):
-        body["tools"] = values["tools"]
-    options = dict_of(values.get("options"))
-    body.update((key, options[key]) for key in _OLLAMA_OPTIONS if key in options)
+    if ask("tools"):
+        body["tools"] = ask("tools")
+    options = dict_of(ask("options"))
+    for key in _OLLAMA_OPTIONS:
+        if key in options:
+            body[key] = options[key]
     most = options.get("num_predict")
     if isinstance(most, int) and most > 0:
         body["max_tokens"] = most
-    shape = values.get("format")
+    shape = ask("format")
     if isinstance(shape, dict):
         schema = {"name": "answer", "schema": shape}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif shape == "json":
         body["response_format"] = {"type": "json_object"}
-    think = values.get("think")
-    if isinstance(think, str):
+    think = ask("think")
+    if isinstance(think, str):                  # low, medium or high
         body["reasoning_effort"] = think
     elif isinstance(think, bool):
         body["chat_template_kwargs"] = {"enable_thinking": think}
@@ -10373,18 +10386,20 @@ class OllamaAnswer(Translation):
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
-        whole = self._status >= 400 or not self._stream
-        if whole and not last:
-            return b""
-        if self._status >= 400:
-            return _json_line({"error": said_error(self._held.decode("utf-8", "replace"))})
-        if whole:
-            return self._whole()
+        failed = self._status >= 400
+        if failed or not self._stream:
+            if not last:
+                return b""
+            if not failed:
+                return self._whole()
+            text = self._held.decode("utf-8", "replace")
+            return _json_line({"error": said_error(text)})
         *lines, rest = bytes(self._held).split(b"\n")
         self._held = bytearray(rest)
         events = [line[5:] for line in lines if line.startswith(b"data:")]
         out = b"".join(map(self._event, events))
         if last and not self._failed:
+            # Ollama's clients take a call whole; here they come in pieces, up to the end.
             if self._calls:
                 out += self._line("", "", self._made_calls())
             out += _json_line(self._end(self._row("")))
@@ -10469,8 +10484,9 @@ class OllamaAnswer(Translation):
         self._reason = choice.get("finish_reason") or "stop"
         for index, call in enumerate(_list_of(message.get("tool_calls"))):
             self._add_call(call, index)
-        row = self._row(message.get("content") or "", message.get("reasoning_content") or "",
-                        self._made_calls())
+        content = message.get("content") or ""
+        thinking = message.get("reasoning_content") or ""
+        row = self._row(content, thinking, self._made_calls())
         return _json_line(self._end(row))
 
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
@@ -10515,6 +10531,16 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
 # ==================================================================================================
 # ROUTER
 # ==================================================================================================
+# RouterApp answers on the threads of its Server's connections; every_second() runs on the main
+# thread. What they share is a Snapshot, which is replaced whole, and objects with locks of their
+# own (Conversations, Events, Recorder) or dicts of which each step is atomic (Breaker, _ongoing).
+#
+# An inference request becomes an Asked. One for a tier's name goes to that tier, come what may; one
+# for `auto` gets a Decision, and a Ladder asks the tiers of its chain in turn, as long as nothing
+# has reached the client: judge() says during a try whether another tier may do better, settle()
+# behind it whether one is asked. Each try is a lease's (ask_lease), which waits, relays and gives
+# the place back. However it ends, _finish tells the client and the log, and _note the record, the
+# events and the conversation. The router writes no file but the record and the logs.
 
 
 class Breaker:
@@ -10722,10 +10748,15 @@ class Asked:
 
     def row(self, number: int) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
-        return {"id": number, "model": str(self.model or "auto"),
-                "tier": self.tier, "path": self.path, "stream": self.stream,
-                "stage": self._stage(),
-                "since_s": round(time.monotonic() - self.began_s, 1)}
+        return {
+            "id": number,
+            "model": str(self.model or "auto"),
+            "tier": self.tier,
+            "path": self.path,
+            "stream": self.stream,
+            "stage": self._stage(),
+            "since_s": round(time.monotonic() - self.began_s, 1),
+        }
 
     def _stage(self) -> str:
         """What it waits for, in words."""
@@ -10901,12 +10932,14 @@ class RouterApp(App):
         self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
-        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
-        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
+        # In a container or an editor, the machine's name may stand for us.
+        name = socket.gethostname().lower()
+        in_lan = name.partition(".")[0] + ".local"
+        self._own_names = (name, in_lan, *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
-        self._read_last = self._ini_digest()
+        self._read_last = self._ini_digest()    # of models.ini, as it was read last
         self.events = Events()
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
@@ -10941,8 +10974,9 @@ class RouterApp(App):
     def _adopt(self, asked: Config, known: Mapping[str, Host],
                served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
+        given = self._given
         config = with_served_contexts(asked, served)
-        missing = missing_credentials(config, self._given.env)
+        missing = missing_credentials(config, given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
@@ -10955,7 +10989,7 @@ class RouterApp(App):
                 route = self._to_host(route, hosts[url])
             for name in tier.names:
                 routes[name] = route
-        barred = {**self._given.unserved(config), **missing}
+        barred = {**given.unserved(config), **missing}
         names = (*config.allowed_hosts, *self._own_names)
         return Snapshot(config, routes, hosts, barred, asked, served, names)
 
@@ -10969,8 +11003,9 @@ class RouterApp(App):
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
-            headers = ((b"authorization", key, b"Authorization: " + key),)
+            key = self._given.env.get(variable, "").strip()
+            value = b"Bearer " + key.encode("ascii", "ignore")
+            headers = ((b"authorization", value, b"Authorization: " + value),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
 
@@ -10984,6 +11019,7 @@ class RouterApp(App):
         served = self.behind.contexts()
         if served != now.served:                # a model has been loaded for the first time
             self._snapshot = self._adopt(now.asked, now.hosts, served)
+        # Hosts are found again without a request that would have to wait for that.
         for host in now.hosts.values():
             host.look_again()
             host.close_idle()
@@ -11001,7 +11037,9 @@ class RouterApp(App):
 
     def answer(self, client: Client, request: Request) -> None:
         path, mark, query = request.target.partition("?")
-        inference = inference_path(path) if request.method == "POST" else ""
+        inference = ""
+        if request.method == "POST":
+            inference = inference_path(path)
         client.protocol = inference or ollama_path(path)
         now = self._snapshot
         check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
@@ -11016,7 +11054,8 @@ class RouterApp(App):
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
-            self._infer(client, self._read_asked(client, request, inference, target, drop))
+            asked = self._read_asked(client, request, inference, target, drop)
+            self._infer(client, asked)
         elif client.protocol:
             self._answer_ollama(client, request, client.protocol, drop)
         elif not self._answer_ourselves(client, request, path, drop):
@@ -11027,8 +11066,11 @@ class RouterApp(App):
         """Answer what the router knows itself; False for any other path."""
         read, post = request.method in ("GET", "HEAD"), request.method == "POST"
         told: Dict[str, Callable[[], Any]] = {
-            "/llmstack/snapshot": self.events.snapshot, "/llmstack/state": self.state,
-            "/llmstack/memory": self.behind.memory, "/llmstack/requests": self.requests}
+            "/llmstack/snapshot": self.events.snapshot,
+            "/llmstack/state": self.state,
+            "/llmstack/memory": self.behind.memory,
+            "/llmstack/requests": self.requests,
+        }
         models = _MODELS_PATH.match(path) if read else None
         if path == "/llmstack/events" and request.method == "GET":
             self.events.listen(client, request)
@@ -11040,7 +11082,8 @@ class RouterApp(App):
         elif read and path == "/models.ini":
             self._models_ini_text(client)
         elif models is not None:
-            self._models(client, request, unquoted(models.group(1) or ""), drop)
+            name = unquoted(models.group(1) or "")
+            self._models(client, request, name, drop)
         elif post and _ACTION.match(path):
             self._act(client, request, path, drop)
         elif post and path == "/llmstack/reload":
@@ -11072,7 +11115,8 @@ class RouterApp(App):
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            ongoing[0].give_way()               # it ends as if its client had left
+            its_client, _ = ongoing
+            its_client.give_way()               # it ends as if its client had left
             client.reply_json({"ok": True})
             return
         tier = self.config.by_name(name)
@@ -11102,7 +11146,7 @@ class RouterApp(App):
             values = {"model": name}
         route: Optional[Route] = None
         named = isinstance(name, str) and not is_auto(name)
-        if named and not path.startswith("/upstream/"):
+        if named and not path.startswith("/upstream/"):     # that names its model in its path
             tier = self._resolve(request, name, drop)
             route = self._snapshot.routes.get(tier)
         if route is None:
@@ -11118,14 +11162,14 @@ class RouterApp(App):
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
         import hmac
-        ours = set()
-        for name in (b"authorization", b"x-api-key"):
-            offered = request.header(name)
-            if name == b"authorization":
-                scheme, _, rest = offered.partition(" ")
-                offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
-                ours.add(name)
+        scheme, _, token = request.header(b"authorization").partition(" ")
+        offered = {b"x-api-key": request.header(b"x-api-key")}
+        if scheme.lower() == "bearer":
+            offered[b"authorization"] = token.strip()
+        key = self._given.key.encode()
+        # compare_digest takes as long for a wrong key, however much of it is right.
+        ours = [name for name, value in offered.items()
+                if hmac.compare_digest(value.encode("latin-1"), key)]
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
                                  " x-api-key", "authentication_error")
@@ -11133,7 +11177,6 @@ class RouterApp(App):
 
     def _models_ini_text(self, client: Client) -> None:
         """models.ini as it is on the disk now, or as bundled where there is no project."""
-        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
             text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
@@ -11144,6 +11187,7 @@ class RouterApp(App):
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
+        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
@@ -11160,13 +11204,13 @@ class RouterApp(App):
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
         answer = self._listing(request, drop)
-        entries = answer["data"]
         anthropic = b"anthropic-version" in request.fields
         if name:
-            answer = self._one_model(entries, name)
-            answer = anthropic_model(answer) if anthropic else answer
+            answer = self._one_model(answer["data"], name)
+            if anthropic:
+                answer = anthropic_model(answer)
         elif anthropic:
-            answer = anthropic_models(entries)
+            answer = anthropic_models(answer["data"])
         client.reply_json(answer)
 
     def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
@@ -11179,8 +11223,12 @@ class RouterApp(App):
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
-        return {r.tier.name: r.host.why() for r in self._snapshot.routes.values()
-                if r.host is not None and r.host.offline}
+        found = {}
+        for route in self._snapshot.routes.values():
+            host = route.host
+            if host is not None and host.offline:
+                found[route.tier.name] = host.why()
+        return found
 
     def state(self) -> Dict[str, Dict[str, str]]:
         """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
@@ -11209,9 +11257,13 @@ class RouterApp(App):
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
         tiers = tuple(map(as_loaded, self._snapshot.asked.tiers))
-        changed = self._ini_digest() != self._read_last or tiers != self._started_with
-        return {"version": VERSION, "started": round(self._started), "changed": changed,
-                "local_only": self.config.local_only}
+        unread = self._ini_digest() != self._read_last
+        return {
+            "version": VERSION,
+            "started": round(self._started),
+            "changed": unread or tiers != self._started_with,
+            "local_only": self.config.local_only,
+        }
 
     def look(self) -> Dict[str, Any]:
         """The router's parts of a snapshot."""
@@ -11340,7 +11392,7 @@ class RouterApp(App):
             self._answer_asked(client, asked)
         except ClientGone:
             if asked.tier:
-                self.events.counters.add("llmstack_requests_total", asked.tier, "", "left")
+                self.events.counters.count_left(asked.tier)
             raise
         finally:
             del self._ongoing[number]
@@ -11376,12 +11428,15 @@ class RouterApp(App):
             return name
         if is_auto(model) or tier_named(config, model):
             return name
+        # A model that is there comes before a pattern that would send it elsewhere.
         try:
             entries = self.behind.models(request, drop)["data"]
             theirs = [entry["id"] for entry in entries]
         except _NO_LISTING:
             return name
-        return "" if model in theirs else name
+        if model in theirs:
+            return ""
+        return name
 
     def _check_served(self, model: object, role: str = "") -> None:
         """Errors: HttpError 404, for a name that nothing behind us may know either."""
@@ -11460,7 +11515,8 @@ class RouterApp(App):
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
-        if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
+        unsaid = "per_s" not in row and row["output"]
+        if asked.stream and unsaid and writing_s > 0.1:     # in one piece, no rate can be told
             row["per_s"] = round(row["output"] / writing_s, 1)
         if self._record is not None:
             self._record.add(row)
@@ -11512,19 +11568,22 @@ class RouterApp(App):
 
     def _finish_ladder(self, client: Client, ladder: Ladder, outcome: Outcome) -> None:
         """Tell client, log, record and conversation how an `auto` request ended."""
-        asked, decision, name = ladder.asked, ladder.decision, ladder.tier.name
+        asked, decision, reason = ladder.asked, ladder.decision, ladder.reason
+        what = f"auto -> {ladder.tier.name}"
         ms = (time.monotonic() - asked.began_s) * 1000
         ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
         if ladder.fallbacks:
             ended += f"; fell back {', '.join(ladder.fallbacks)}"
-        self.log.info(f"auto -> {name} [{decision.rung}] {ladder.reason}; {ended}")
-        self._finish(client, outcome, f"auto -> {name}", ladder.route, ladder.headers)
+        self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
+        self._finish(client, outcome, what, ladder.route, ladder.headers)
         if outcome.state == "done":
             ladder.learn(outcome.counts.prompt)
-        row = record_row(decision.facts, asked.path, name, outcome)
+        row = record_row(decision.facts, asked.path, ladder.tier.name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
-        row.update(rung=decision.rung, reason=ladder.reason, passed_over=decision.passed_over)
+        row["rung"] = decision.rung
+        row["reason"] = reason
+        row["passed_over"] = decision.passed_over
         self._note(asked, row, ladder.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
