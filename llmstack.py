@@ -16,14 +16,16 @@ Router and engine are one process, the daemon (`_daemon`), which owns all that i
 with a base_url is no model of the engine's: the router asks that host itself. LiteLLM's proxy, for
 the other hosted tiers, is a child of the engine.
 
-A request crosses this file in this order: Client (parses the head, reads the body) -> RouterApp
-(who may ask, which route) -> read_facts -> decide -> ask_lease (waits until a backend is ready, and
-tells a waiting stream so) -> relay (pooled upstream connection, bytes as they come) -> Ladder (the
-next tier, where this one has failed before its first byte) -> Recorder.
+A request crosses this file in this order: Server (accepts; a thread a connection) -> Client (reads
+head and body) -> RouterApp.answer (who may ask) -> RouterApp._ask_ladder, which has all the rest:
+read_facts -> decide -> ask_lease (waits until a backend is ready, and tells a waiting stream so) ->
+relay (pooled upstream connection, bytes as they come) -> Descent (the next tier, where this one has
+failed before its first byte) -> Recorder.
 
-`start` crosses it in this order: offer_trust -> planned_config -> Plan (host, port, channel, kind
-of engine) -> check_plan -> start_stack (spawns the daemon, waits until it answers) ->
-rewire_project -> open_shell. `restart` stops the old daemon once all else is checked.
+`start` is _bring_up: offer_trust -> planned_config -> Plan (host, port, channel, kind of engine) ->
+check_plan -> seed_project -> start_stack (spawns the daemon, waits until it answers) ->
+rewire_project -> open_shell. The daemon is _cmd_daemon -> _serve_plan (engine, router, two
+servers). `restart` stops the old daemon once all else is checked.
 
 Words, each with one meaning:
     tier        a [section] of models.ini: a name that clients ask for, with its model and context
@@ -513,10 +515,13 @@ class Facts(NamedTuple):
 # ==================================================================================================
 # PURE: LADDER
 # ==================================================================================================
+# Which tier a request is for, from the request alone: its path and the name that it asks for, its
+# size in tokens, a trigger; then what it costs a conversation to leave its tier.
+#
 # A body is counted once, into Facts. They choose a rung, and the rung chooses a role. That role's
 # order of the tiers (config.preferences) loses those that do not hold the request and those that
-# are down: what remains is the decision's chain. Its first tier is asked, and the next upon a
-# failure. Reasons are put into words only when somebody asks for them.
+# are down: what remains is the decision's chain. Asking its tiers, one after the other, is
+# RouterApp._ask_ladder's, in ROUTER. Reasons are put into words only when somebody asks for them.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -1394,8 +1399,9 @@ class Option(NamedTuple):
     """One key of models.ini.
 
     `kind` chooses the reader, `low`..`high` bounds numbers, `choices` closes a set. `harmless`
-    matches the values that need no trust; a key whose row does not speak of it needs trust.
-    `flags` are all names of the flag of llama-server that a key stands for; the first is written.
+    matches the values that need no trust. `flags` are all names of the flag of llama-server that a
+    key stands for; the first is written. Of a switch it is the first that says its value: for off
+    one that begins with --no-. So a key is named for what is on: jinja, not no_jinja.
     """
 
     kind: str
@@ -1427,7 +1433,9 @@ def _option_table(rows: str) -> Dict[str, Option]:
 
 
 # The tables below are all that is known of the file: reading, errors, "did you mean", what needs
-# trust and llama-server's flags come from them.
+# trust and llama-server's flags come from them. What no row says, and no test asks: a key that
+# changes how much memory a model takes is for load_options, too, and a flag whose value changes
+# nothing of a saved slot is for _NOT_IN_KV.
 
 # What [DEFAULT] says of llama-server for all tiers, and a tier for itself.
 SERVER_OPTIONS = _option_table("""
@@ -6448,6 +6456,7 @@ def number_found(pattern: str, text: str, otherwise: float = 0.0) -> float:
 
 def read_memory_state(cards: bool) -> MemoryState:
     """What the system tells of its memory now; `cards`: ask NVIDIA's driver, too."""
+    import mmap
     free_gb = -1.0
     if cards:
         found = _seen_nvidia_cards(os.environ)
@@ -6455,16 +6464,17 @@ def read_memory_state(cards: bool) -> MemoryState:
             free_gb = sum(card.total_gb - card.used_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
-        pages = number_found(r"Swapouts:\s+([0-9]+)", program_output(["vm_stat"]))
-        return MemoryState(swapped_bytes=int(pages) * 16_384, critical=level == "4",
-                           card_free_gb=free_gb)
+        told = program_output(["vm_stat"])
+        page_bytes = number_found(r"page size of ([0-9]+)", told, 16_384)
+        swapped = number_found(r"Swapouts:\s+([0-9]+)", told) * page_bytes
+        return MemoryState(swapped_bytes=int(swapped), critical=level == "4", card_free_gb=free_gb)
     memory = read_text("/proc/meminfo")
-    pages = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
+    swapped = number_found(r"^pswpout ([0-9]+)", read_text("/proc/vmstat"))
     return MemoryState(
         stalled_pct=number_found(r"some avg10=([0-9.]+)", read_text("/proc/pressure/memory")),
         available_gb=number_found(r"^MemAvailable: +([0-9]+) kB", memory, -1e6) * 1024 / 1e9,
         total_gb=number_found(r"^MemTotal: +([0-9]+) kB", memory) * 1024 / 1e9,
-        swapped_bytes=int(pages) * 4096,
+        swapped_bytes=int(swapped) * mmap.PAGESIZE,
         card_free_gb=free_gb,
     )
 
@@ -9443,8 +9453,8 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 # upstream, and is given back.
 #
 # ask_lease() is the one place where a request waits, on the thread of its connection: it looks at
-# the client in between, and tells a stream what it waits for (Waiting). Whoever leases ends the
-# lease, whatever has happened. How it came out is an Outcome; who asked says it to the client
+# the client in between, tells a stream what it waits for (Waiting), relays, and gives the place
+# back, whatever has happened. How that ended is an Outcome; who asked says it to the client
 # (tell_failure), for only they know whether another backend is asked.
 
 
@@ -9903,7 +9913,7 @@ class Recorder:
             try:
                 if file_size(self._path) > LOG_BYTES:
                     shift_logs(self._path)
-                fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+                fd = open_log(self._path)
                 try:
                     os.write(fd, text.encode("utf-8", "replace"))
                 finally:
@@ -10531,12 +10541,15 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
 # ==================================================================================================
 # ROUTER
 # ==================================================================================================
+# Who may ask, which tier answers, and what becomes of it where that fails. RouterApp.answer sorts
+# the paths; what is behind it is a Behind with leases, and nothing here knows which engine that is.
+#
 # RouterApp answers on the threads of its Server's connections; every_second() runs on the main
 # thread. What they share is a Snapshot, which is replaced whole, and objects with locks of their
 # own (Conversations, Events, Recorder) or dicts of which each step is atomic (Breaker, _ongoing).
 #
 # An inference request becomes an Asked. One for a tier's name goes to that tier, come what may; one
-# for `auto` gets a Decision, and a Ladder asks the tiers of its chain in turn, as long as nothing
+# for `auto` gets a Decision, and its chain of tiers is asked in turn (Descent), as long as nothing
 # has reached the client: judge() says during a try whether another tier may do better, settle()
 # behind it whether one is asked. Each try is a lease's (ask_lease), which waits, relays and gives
 # the place back. However it ends, _finish tells the client and the log, and _note the record, the
@@ -10800,8 +10813,8 @@ def leaving_header(leaving: Leaving, tier: str) -> bytes:
     return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
 
 
-class Ladder:
-    """The way of one `auto` request down the tiers, as they fail."""
+class Descent:
+    """The way of one `auto` request down the ladder, as its tiers fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  conversations: Conversations) -> None:
@@ -11555,36 +11568,36 @@ class RouterApp(App):
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         decision = self._decide(asked, now)
-        ladder = Ladder(asked, decision, now, self._breaker, self._conversations)
+        descent = Descent(asked, decision, now, self._breaker, self._conversations)
         if now.config.patience_s and decision.facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
-            ladder.prefer(idle)
+            descent.prefer(idle)
             asked.patience_s = now.config.patience_s if idle else 0.0
-        outcome = self._try(client, ladder)
-        while ladder.settle(outcome):
+        outcome = self._try(client, descent)
+        while descent.settle(outcome):
             asked.patience_s = 0.0
-            outcome = self._try(client, ladder)
-        self._finish_ladder(client, ladder, outcome)
+            outcome = self._try(client, descent)
+        self._finish_descent(client, descent, outcome)
 
-    def _finish_ladder(self, client: Client, ladder: Ladder, outcome: Outcome) -> None:
+    def _finish_descent(self, client: Client, descent: Descent, outcome: Outcome) -> None:
         """Tell client, log, record and conversation how an `auto` request ended."""
-        asked, decision, reason = ladder.asked, ladder.decision, ladder.reason
-        what = f"auto -> {ladder.tier.name}"
+        asked, decision, reason = descent.asked, descent.decision, descent.reason
+        what = f"auto -> {descent.tier.name}"
         ms = (time.monotonic() - asked.began_s) * 1000
         ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
-        if ladder.fallbacks:
-            ended += f"; fell back {', '.join(ladder.fallbacks)}"
+        if descent.fallbacks:
+            ended += f"; fell back {', '.join(descent.fallbacks)}"
         self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
-        self._finish(client, outcome, what, ladder.route, ladder.headers)
+        self._finish(client, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
-            ladder.learn(outcome.counts.prompt)
-        row = record_row(decision.facts, asked.path, ladder.tier.name, outcome)
+            descent.learn(outcome.counts.prompt)
+        row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
         row["rung"] = decision.rung
         row["reason"] = reason
         row["passed_over"] = decision.passed_over
-        self._note(asked, row, ladder.fallbacks)
+        self._note(asked, row, descent.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
@@ -11600,18 +11613,18 @@ class RouterApp(App):
             return []
         return idle
 
-    def _try(self, client: Client, ladder: Ladder) -> Outcome:
-        """Ask the ladder's present tier. Errors: ClientGone."""
-        route, asked = ladder.route, ladder.asked
+    def _try(self, client: Client, descent: Descent) -> Outcome:
+        """Ask the descent's present tier. Errors: ClientGone."""
+        route, asked = descent.route, descent.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
-            reply_failure(client, status, message, kind, ladder.headers())
+            reply_failure(client, status, message, kind, descent.headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, ladder.judge, ladder.headers)
+            return self._ask(client, asked, route, descent.judge, descent.headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {ladder.tier.name} {ladder.decision.reason};"
+            self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
             raise
 
@@ -11672,6 +11685,9 @@ class RouterApp(App):
 # ==================================================================================================
 # LLAMA-SERVER
 # ==================================================================================================
+# Which programs the engines run, and what a llama-server says of itself: the flags it refuses, its
+# devices, its build. It is run for that and for nothing else; loading models is ENGINE's.
+
 
 def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tuple[str, ...]:
     """The command that starts llama-server: as configured, as on PATH, or our stand-in.
@@ -11984,7 +12000,8 @@ def nearest_files(repo: str, file: str, env: Mapping[str, str]) -> str:
 
 def _part_header(path: str) -> GgufHeader:
     """The header of one file of a GGUF. Errors: GgufError, OSError."""
-    with open(path, "rb") as file:
+    # A pipe in its place would keep a start waiting.
+    with open(path, "rb", opener=_open_at_once) as file:
         def read(offset: int, count: int) -> bytes:
             file.seek(offset)
             return file.read(count)
@@ -12904,7 +12921,7 @@ def file_edges(path: str) -> str:
     """Tells files apart by their size, beginning and end. Errors: OSError."""
     import hashlib
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=_open_at_once) as file:
         size = os.fstat(file.fileno()).st_size
         digest.update(file.read(_EDGE_BYTES))
         file.seek(max(size - _EDGE_BYTES, 0))
@@ -16269,13 +16286,9 @@ HOOK_FILES = {
 }
 
 
-def _untrusted_words(places: Places) -> str:
-    return (f".llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
 def untrusted_line(places: Places) -> str:
-    return f"llmstack: {_untrusted_words(places)}"
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
 
 
 def check_run_trust(places: Places) -> None:
@@ -16509,8 +16522,6 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     The process is replaced rather than waited for: job control, signals and the exit code are the
     shell's own. Errors: UserError.
     """
-    if not is_trusted(places, "hook"):
-        raise UserError(_untrusted_words(places), "the daemons are up; nothing else was done")
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
     places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
@@ -16897,7 +16908,8 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # COMMANDS
 # ==================================================================================================
 # The room of the command line: each command reads its arguments, calls the rooms above and says
-# what came of it. Here os.environ becomes the environment that travels with the places.
+# what came of it. Here os.environ becomes the environment that travels with the places. The daemon
+# of `start` is a command, too: _cmd_daemon, for which _serve_plan puts router and engine together.
 
 
 def _places(args: Any) -> Places:
@@ -17149,7 +17161,7 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places))
+        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
@@ -17256,14 +17268,13 @@ def _part_line(name: str, row: Optional[Mapping[str, Any]]) -> str:
 
 
 # llama-swap's and the embedded engine's words for a model's state -> a snapshot's.
-_STATE_WORDS = {"starting": "loading", "ready": "loaded", "stopped": "not loaded",
-                "unknown": "not running"}
+_SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
 
 
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _STATE_WORDS.get(row["state"], row["state"])}
+    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row

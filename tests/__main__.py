@@ -2,6 +2,7 @@
 
     python3 -m tests [pytest arguments]
     python3 -m tests --lint
+    python3 -m tests --coverage [pytest arguments]
 
 The environment lives in $XDG_CACHE_HOME/llmstack-tests (~/.cache by default), is made once and used again.
 It holds the pinned tools, and llama.cpp's server, LiteLLM's proxy and huggingface_hub from PyPI as llmstack itself
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from tests import sections
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TOOLS = ("pytest==8.4.2", "pytest-xdist==3.8.0", "ruff==0.17.6", "mypy==1.18.2", "vermin==1.9.2", "pyyaml==6.0.3")
@@ -202,7 +205,13 @@ def main() -> int:
     temporary = memory_disk()
     if temporary:
         environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)
-    return subprocess.call([python, "-m", "pytest", *at_once(sys.argv[1:]), *sys.argv[1:]], env=environment)
+    words = sys.argv[1:]
+    if words[:1] == ["--coverage"]:
+        run([python, "-m", "pip", "-q", "install", "--disable-pip-version-check", sections.COVERAGE], "coverage")
+        words = words[1:]
+        report = os.path.join(cache_dir(), "coverage.json")
+        return sections.measure(python, [*at_once(words), *words], environment, report)
+    return subprocess.call([python, "-m", "pytest", *at_once(words), *words], env=environment)
 
 
 if __name__ == "__main__":

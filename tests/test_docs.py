@@ -30,7 +30,7 @@ README_LINES = 200
 COLUMNS = 100
 
 OF_OTHER_PROGRAMS = {
-    "--lint", "--peer", "--pyz", "--rounds", "--swap",                              # tests, benchmarks
+    "--coverage", "--lint", "--peer", "--pyz", "--rounds", "--swap",                # tests, benchmarks
     "--clients", "--kills", "--program", "--quick", "--seconds", "--seed",          # chaos
     "--api-key", "--cache-ram", "--ctx-checkpoints", "--device", "--no-jinja",      # llama-server
     "--slot-save-path", "--slot-prompt-similarity",

@@ -164,7 +164,8 @@ def open_shell(home: Path, box: Path, terminals: list[Terminal], monkeypatch: py
         (home / "data/fish/generated_completions").mkdir(parents=True, exist_ok=True)
         path.write_text(PLAIN[shell] + before + source + rc, encoding="utf-8")
         names = ("PATH", "HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME")
-        full = {n: os.environ[n] for n in names} | {"TERM": "xterm", "LANG": "C.UTF-8", "SHELL": program} | env
+        measured = {n: value for n, value in os.environ.items() if n.startswith("COVERAGE_")}
+        full = {n: os.environ[n] for n in names} | measured | {"TERM": "xterm", "LANG": "C.UTF-8", "SHELL": program} | env
         terminal = Terminal(argv or [program], full, cwd or box)
         terminals.append(terminal)
         return terminal
@@ -583,6 +584,14 @@ def test_a_directory_that_is_gone_is_one_line(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("LLMSTACK_HOOK", "1:bash:/elsewhere")
     assert llmstack.main(["status"]) == 1
     assert "the current directory is gone" in capsys.readouterr().err
+
+
+def test_a_project_that_has_gone_since_the_shell_looked_is_nothing(
+        tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert llmstack.main(["_hook", "bash", str(tmp_path / "gone")]) == 0
+    assert capfd.readouterr() == ("", "")
+    # Nor does a prompt mind that there is no ledger of trust any more.
+    llmstack._touch_trust(str(tmp_path / "gone"))
 
 
 def test_the_environment_of_another_project_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
