@@ -516,8 +516,12 @@ class Facts(NamedTuple):
 # PURE: LADDER
 # ==================================================================================================
 # Which tier a request is for, from the request alone: its path and the name that it asks for, its
-# size in tokens, a trigger; then what it costs a conversation to leave its tier. Asking the tiers
-# of a Decision, one after the other, is RouterApp._ask_ladder's, in ROUTER.
+# size in tokens, a trigger; then what it costs a conversation to leave its tier.
+#
+# A body is counted once, into Facts. They choose a rung, and the rung chooses a role. That role's
+# order of the tiers (config.preferences) loses those that do not hold the request and those that
+# are down: what remains is the decision's chain. Asking its tiers, one after the other, is
+# RouterApp._ask_ladder's, in ROUTER. Reasons are put into words only when somebody asks for them.
 
 # Path (without /v1 and trailing slash) -> the canonical path an upstream knows.
 INFERENCE_PATHS = {
@@ -551,6 +555,8 @@ _WIDE = re.compile(
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
     "\U00020000-\U0003fffd\u231a-\u23ff\u25fd\u25fe\u2600-\u27bf\u2b1b-\u2b55]"
 )
+# A line that opens a fenced block, in lists and quotes, too. A backtick behind a fence of backticks
+# makes that a span of code instead (CommonMark 4.5).
 _FENCE = re.compile(r"[ \t]*(?:(?:[-*+>]|[0-9]{1,9}[.)])[ \t]*)*(`{3,}(?=[^`]*\Z)|~{3,})")
 _TICKS = re.compile("`+")
 
@@ -666,12 +672,6 @@ def tier_named(config: Config, model: str) -> str:
     return ""
 
 
-def _alias_target(config: Config, target: str) -> str:
-    """The tier that a tier's name or a role stands for; `auto` where no tier has the role."""
-    tier = config.by_name(target) or config.by_role(target)
-    return tier.name if tier else "auto"
-
-
 def resolve_name(config: Config, model: object) -> str:
     """The name of the tier that a request's model means, `auto`, or "" where it means none.
 
@@ -688,7 +688,10 @@ def resolve_name(config: Config, model: object) -> str:
     from fnmatch import fnmatchcase
     for pattern, target in config.aliases:
         if any(fnmatchcase(name, pattern) for name in spellings):
-            return _alias_target(config, target)
+            tier = config.by_name(target) or config.by_role(target)
+            if tier is None:                    # a role that no tier here has
+                return "auto"
+            return tier.name
     if config.unknown_model == "auto":
         return "auto"
     return ""
@@ -915,15 +918,15 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
-    for key in body:
+    for key, value in body.items():
         if key not in _COUNTED_KEYS:
             continue
         if key in _SYSTEM_KEYS:
-            systems.append(body[key])
+            systems.append(value)
         if key not in _SCHEMA_KEYS:
-            tally.add_content(body[key])
-        elif body[key]:
-            tally.add_aside(body[key])
+            tally.add_content(value)
+        elif value:
+            tally.add_aside(value)
     prompt = body.get("prompt")
     if isinstance(prompt, str) and not messages:
         turns = 1
@@ -985,9 +988,13 @@ def class_tokens(texts: Sequence[str]) -> int:
     sample = text
     if len(text) > _WINDOWS * _WINDOW_CHARS:
         step = len(text) // _WINDOWS
-        sample = "".join(text[i * step:i * step + _WINDOW_CHARS] for i in range(_WINDOWS))
-    ascii_classes = sample.encode("ascii", "ignore").decode("ascii").translate(_ASCII_CLASSES)
-    tokens = sum(ascii_classes.count(name) * rate for name, rate in _ASCII_RATES)
+        starts = range(0, step * _WINDOWS, step)
+        sample = "".join([text[start:start + _WINDOW_CHARS] for start in starts])
+    in_ascii = sample.encode("ascii", "ignore").decode("ascii")
+    classes = in_ascii.translate(_ASCII_CLASSES)
+    tokens = 0.0
+    for name, rate in _ASCII_RATES:
+        tokens += classes.count(name) * rate
     for char in _NOT_ASCII.findall(sample):
         code = ord(char)
         tokens += next(rate for end, rate in _WIDE_RATES if code < end)
@@ -1033,31 +1040,7 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
     return facts.full_tokens + output_reserve(facts, tier)
 
 
-BELOW_THE_TIER_TAKEN = "below the tier taken"
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
-
-
-def _why_not(tier: Tier, chosen: str, facts: Facts, down: Mapping[str, str], config: Config) -> str:
-    """Why `tier` was not taken, in words."""
-    if tier.role not in LADDER_ROLES:
-        return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
-    if config.local_only and tier.remote:
-        return f"{tier.name} is hosted, and {LOCAL_ONLY}"
-    need = tokens_needed(facts, tier)
-    if need > tier.ctx_size:
-        return f"{tier.name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
-    if tier.name in down:
-        return f"{tier.name} is left alone for now: {down[tier.name]}"
-    names = [t.name for t in config.ladder]
-    if names.index(tier.name) > names.index(chosen):
-        return BELOW_THE_TIER_TAKEN
-    if facts.fim:
-        return "infill goes to the fast tier"
-    routing, tokens = config.routing, facts.tokens
-    if tier.role == "ultra":
-        return f"{tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
-    return (f"{tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
-            f" and {facts.turns} user turns < {routing.multi_turn}")
 
 
 def _blind(facts: Facts, config: Config) -> Dict[str, str]:
@@ -1074,17 +1057,6 @@ def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str
         if left:
             return left
     return holds[:1]
-
-
-def _tier_after(decision_of: Tuple[Facts, Config, Mapping[str, str]], fewer: int, more: int) -> str:
-    """The tier of the same request with so many tokens fewer and so many user turns more."""
-    facts, config, down = decision_of
-    changed = facts._replace(
-        chars=max(facts.chars - CHARS_PER_TOKEN * fewer, 0),
-        wide=max(facts.wide - fewer, 0),
-        classes=max(facts.classes - fewer, 0),
-        turns=facts.turns + more)
-    return decide(changed, config, down).tier
 
 
 class Pace(NamedTuple):
@@ -1137,32 +1109,6 @@ def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int
     return max(new_s - old_s, 0.0)
 
 
-def _nearest(facts: Facts, config: Config, chosen: str, down: Mapping[str, str]) -> str:
-    """The smallest change that moves a request above the tier `chosen`, "" where none does."""
-    ladder, routing = config.ladder, config.routing
-    names = [t.name for t in ladder]
-    higher = ladder[:names.index(chosen)]
-    if facts.fim:
-        return ""
-    this = facts, config, down
-    found = []
-    steps = {facts.tokens - routing.high_fidelity_ceiling,
-             facts.tokens - routing.mid_fidelity_ceiling,
-             *(tokens_needed(facts, t) - t.ctx_size for t in higher)}
-    for fewer in steps:
-        if fewer > 0:
-            found.append((fewer, f"{fewer:,} fewer tokens", _tier_after(this, fewer, 0)))
-    more = routing.multi_turn - facts.turns
-    if more > 0:
-        plural = "" if more == 1 else "s"
-        found.append((more, f"{more} more user turn{plural}", _tier_after(this, 0, more)))
-    better = {t.name for t in higher}
-    for _, words, tier in sorted(found):
-        if tier in better:
-            return f"{words} \u2192 {tier}"
-    return ""
-
-
 class Decision(NamedTuple):
     """Where a request goes and why; log line, response headers and `why` are all made from it."""
 
@@ -1179,6 +1125,28 @@ class Decision(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.facts.tokens
+
+    def _why_not(self, tier: Tier) -> str:
+        """Why a tier was not taken, in words."""
+        name, facts, config = tier.name, self.facts, self.config
+        routing, ladder = config.routing, config.ladder
+        if tier.role not in LADDER_ROLES:
+            return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
+        if config.local_only and tier.remote:
+            return f"{name} is hosted, and {LOCAL_ONLY}"
+        need = tokens_needed(facts, tier)
+        if need > tier.ctx_size:
+            return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
+        if name in self.down:
+            return f"{name} is left alone for now: {self.down[name]}"
+        if ladder.index(tier) > ladder.index(self.chain[0]):
+            return "below the tier taken"
+        if facts.fim:
+            return "infill goes to the fast tier"
+        if tier.role == "ultra":
+            return f"{facts.tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
+        return (f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
+                f" and {facts.turns} user turns < {routing.multi_turn}")
 
     def _reason_of_rung(self) -> str:
         role, words = RUNGS[self.rung]
@@ -1205,8 +1173,7 @@ class Decision(NamedTuple):
             return (f"{reason}; no tier holds {need:,} tokens,"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
-            why = _why_not(best, chosen.name, self.facts, self.down, self.config)
-            return f"{reason}; {why}, so {chosen.name}"
+            return f"{reason}; {self._why_not(best)}, so {chosen.name}"
         return reason
 
     @property
@@ -1214,8 +1181,8 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         if self.rung == "explicit":
             return {}
-        refused = {t.name: _why_not(t, self.tier, self.facts, self.down, self.config)
-                   for t in self.config.tiers if t.name != self.tier}
+        others = [t for t in self.config.tiers if t.name != self.tier]
+        refused = {t.name: self._why_not(t) for t in others}
         if self.stays:
             refused[self.chain[1].name] = f"the conversation stays on {self.tier}, {self.stays}"
         return refused
@@ -1223,19 +1190,48 @@ class Decision(NamedTuple):
     @property
     def passed_over(self) -> Dict[str, str]:
         """The tiers of the ladder above the one taken, with the reason for each."""
-        over: Dict[str, str] = {}
-        for tier in self.config.ladder:
-            if tier.name == self.tier:
-                break
-            over[tier.name] = _why_not(tier, self.tier, self.facts, self.down, self.config)
-        return over
+        return {tier.name: self._why_not(tier) for tier in self._above}
+
+    @property
+    def _above(self) -> Tuple[Tier, ...]:
+        """The tiers of the ladder above the one taken."""
+        ladder = self.config.ladder
+        return ladder[:ladder.index(self.chain[0])]
+
+    def _tier_after(self, fewer: int, more: int) -> str:
+        """The tier of the same request with so many tokens fewer and so many user turns more."""
+        facts = self.facts
+        chars = facts.chars - CHARS_PER_TOKEN * fewer
+        changed = facts._replace(
+            chars=max(chars, 0),
+            wide=max(facts.wide - fewer, 0),
+            classes=max(facts.classes - fewer, 0),
+            turns=facts.turns + more)
+        return decide(changed, self.config, self.down).tier
 
     @property
     def nearest(self) -> str:
-        """The smallest change that would move the request up the ladder, "" at its top."""
-        if self.rung == "explicit":
+        """The smallest change that would move the request up the ladder, "" where none does."""
+        facts, routing = self.facts, self.config.routing
+        if self.rung in ("explicit", "fim"):
             return ""
-        return _nearest(self.facts, self.config, self.tier, self.down)
+        above = self._above
+        too_many = [facts.tokens - routing.high_fidelity_ceiling,
+                    facts.tokens - routing.mid_fidelity_ceiling]
+        too_many += [tokens_needed(facts, tier) - tier.ctx_size for tier in above]
+        found = []
+        for fewer in too_many:
+            if fewer > 0:
+                found.append((fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0)))
+        more = routing.multi_turn - facts.turns
+        if more > 0:
+            plural = "" if more == 1 else "s"
+            found.append((more, f"{more} more user turn{plural}", self._tier_after(0, more)))
+        better = {t.name for t in above}
+        for _, words, tier in sorted(found):
+            if tier in better:
+                return f"{words} \u2192 {tier}"
+        return ""
 
 
 def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = None,
@@ -1258,14 +1254,23 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
-    tokens = facts.full_tokens
+    tokens = facts.full_tokens                  # once, as tokens_needed counts it for each tier
     holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
     chain = _to_try(holds, down, barred)
     if not chain:
+        # The largest says best how far a request is too long, and its server may count fewer.
         able = [t for t in order if t.name not in barred] or order
         chain = [max(able, key=lambda t: t.ctx_size)]
-    return Decision(chain[0].name, rung, tuple(chain), facts, config, down, order,
-                    held=bool(holds))
+    return Decision(
+        tier=chain[0].name,
+        rung=rung,
+        chain=tuple(chain),
+        facts=facts,
+        config=config,
+        down=down,
+        preference=order,
+        held=bool(holds),
+    )
 
 
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
@@ -1286,17 +1291,18 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
     That one must hold it and be able to answer. A trigger and infill always have their way.
     """
     routing = decision.config.routing
-    if routing.stay == "no" or not leaving.tier or decision.rung in ("explicit", "fim", "trigger"):
+    if routing.stay == "no" or decision.rung in ("explicit", "fim", "trigger"):
         return decision
-    why = ""
+    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
+    if tier is None or tier.name in decision.down:
+        return decision
+    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+        return decision
     if loop:
         why = "amid its tool calls"
     elif routing.stay == "warm" and leaving.cost_s > routing.stay_s:
         why = f"leaving it costs {about_s(leaving.cost_s)}"
-    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
-    if not why or tier is None or tier.name in decision.down:
-        return decision
-    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+    else:
         return decision
     others = tuple(t for t in decision.chain if t is not tier)
     return decision._replace(tier=tier.name, chain=(tier, *others), stays=why)
@@ -4909,24 +4915,21 @@ def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
     `searched` says how many bytes an earlier call has seen: a head that comes byte by byte is read
     in linear time, too. Errors: HttpError 400 for what can become no head.
     """
+    # The last three bytes may be the beginning of the empty line.
     end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    if end > MAX_HEAD_BYTES or (end < 0 and len(data) > MAX_HEAD_BYTES + 3):
+    length = end if end >= 0 else len(data) - 3
+    if length > MAX_HEAD_BYTES:
         raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
     if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
         raise HttpError(400, "a line ends in a bare CR or LF")
     return end
 
 
-def _refuse_controls(text: bytes) -> None:
-    """Errors: ValueError for control bytes in what should be one line, or lines joined."""
-    if len(text.translate(None, _CONTROL_BYTES)) != len(text):
-        raise ValueError("a control byte, or a bare CR or LF")
-
-
 def _split_head(head: bytes) -> List[bytes]:
     """The lines of a head. Errors: ValueError for control bytes but those that end lines."""
     lines = head.split(b"\r\n")
-    if len(head) - len(head.translate(None, _CONTROL_BYTES)) != 2 * (len(lines) - 1):
+    controls = len(head) - len(head.translate(None, _CONTROL_BYTES))
+    if controls != 2 * (len(lines) - 1):        # a CR and an LF between two lines
         raise ValueError("a control byte, or a bare CR or LF")
     return lines
 
@@ -4953,16 +4956,6 @@ def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
 
 
-def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
-    """(method, target, minor version). Errors: HttpError 400."""
-    match = _REQUEST_LINE.match(line)
-    if match is None:
-        raise HttpError(400, "malformed request line")
-    method, target, minor = match.groups()
-    target = _origin_form(method, target)
-    return method.decode("ascii"), target.decode("latin-1"), int(minor)
-
-
 def _origin_form(method: bytes, target: bytes) -> bytes:
     """A target (3.2) without scheme and host. Errors: HttpError 400."""
     if method == b"CONNECT":
@@ -4974,6 +4967,16 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
         raise HttpError(400, "the target is no path; it begins with /")
     path = absolute.group(1)
     return path if path.startswith(b"/") else b"/" + path
+
+
+def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
+    """(method, target, minor version). Errors: HttpError 400."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise HttpError(400, "malformed request line")
+    method, target, minor = match.groups()
+    target = _origin_form(method, target)
+    return method.decode("ascii"), target.decode("latin-1"), int(minor)
 
 
 def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
@@ -5004,6 +5007,7 @@ def parse_request_head(head: bytes) -> Request:
     method, target, minor = _parse_request_line(first)
     if len(lines) > MAX_HEADERS:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
+    # In reverse: of a header that is there twice, the first counts.
     fields = {name: value for name, value, _ in reversed(headers)}
     if len(fields) < len(headers):
         names = [name for name, _, _ in headers]
@@ -5020,34 +5024,32 @@ def parse_request_head(head: bytes) -> Request:
     if b"connection" in fields:
         words = _connection_words(headers)
     stays = minor == 1 or b"keep-alive" in words
+    upgrade = b"upgrade" in words and b"upgrade" in fields
     return Request(
-        method, target, minor, headers,
+        method=method,
+        target=target,
+        minor=minor,
+        headers=headers,
         keep_alive=stays and b"close" not in words,
-        upgrade=minor == 1 and b"upgrade" in words and b"upgrade" in fields,
-        expects=minor == 1 and expect != b"",
-        fields=fields, length=length, words=words,
+        upgrade=upgrade and minor == 1,
+        expects=expect != b"" and minor == 1,
+        fields=fields,
+        length=length,
+        words=words,
     )
-
-
-def end_to_end(headers: Sequence[Header], drop: FrozenSet[bytes]) -> List[bytes]:
-    """The header lines that travel on: not those that Connection names, nor `drop`."""
-    words = _connection_words(headers)
-    if words:
-        drop = drop | words
-    return [line for name, _, line in headers if name not in drop]
 
 
 def _response_length(headers: Sequence[Header]) -> int:
     """Content-Length of an answer, -1 without one. Errors: ValueError."""
-    values = {value for name, value, _ in headers if name == b"content-length"}
-    if not values:
-        return -1
-    if not all(value.isdigit() and len(value) <= 15 for value in values):
-        raise ValueError("Content-Length is no number")
-    lengths = {int(value) for value in values}
+    lengths = set()
+    for name, value, _ in headers:
+        if name == b"content-length":
+            if not value.isdigit() or len(value) > 15:
+                raise ValueError("Content-Length is no number")
+            lengths.add(int(value))
     if len(lengths) > 1:
         raise ValueError("two Content-Lengths differ")
-    return lengths.pop()
+    return max(lengths, default=-1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -5060,11 +5062,12 @@ def parse_response_head(head: bytes, method: str) -> Response:
     match = _STATUS_LINE.match(first)
     if match is None:
         raise ValueError("no HTTP status line")
-    minor, code, reason = match.groups()
+    minor, code, reason = match.groups(b"")
     status = int(code)
     headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
-    coding = fields.get(b"transfer-encoding", b"").split(b",")[-1].strip()
+    codings = fields.get(b"transfer-encoding", b"").split(b",")
+    coding = codings[-1].strip()
     length = _response_length(headers)
     if method == "HEAD" or status in (204, 304) or status < 200:
         framing = "none"
@@ -5075,24 +5078,61 @@ def parse_response_head(head: bytes, method: str) -> Response:
     else:
         framing = "close"
     words = _connection_words(headers)
-    alive = b"close" not in words if minor == b"1" else b"keep-alive" in words
-    text = [b"HTTP/1.1 " + code + b" " + (reason or b"")]
+    stays = minor == b"1" or b"keep-alive" in words
+    text = [b"HTTP/1.1 " + code + b" " + reason]
     if status == 101:
         text += lines
     else:
-        text += end_to_end(headers, _NO_LENGTH | _OF_PAGES)
+        drop = _NO_LENGTH | _OF_PAGES | words
+        text += [line for name, _, line in headers if name not in drop]
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
         if framing == "length" or (framing == "none" and length >= 0):
             text.append(b"Content-Length: %d" % length)
+    stays = stays and b"close" not in words
+    content_type = fields.get(b"content-type", b"")
     return Response(
-        status, tuple(headers), framing, max(length, 0),
-        keep_alive=alive and framing != "close",
-        events=fields.get(b"content-type", b"").startswith(b"text/event-stream"),
+        status=status,
+        headers=tuple(headers),
+        framing=framing,
+        length=max(length, 0),
+        keep_alive=stays and framing != "close",
+        events=content_type.startswith(b"text/event-stream"),
         text=b"\r\n".join(text) + b"\r\n",
     )
 
 
-# ---- chunks
+# ---- bodies as they are framed
+
+
+class SizedBody:
+    """A body of a length that its head says, through bytes that arrive in any pieces."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.ended = length == 0
+        self.over = 0                           # bytes that stand behind its end
+
+    def feed(self, data: bytes) -> bytes:
+        """The part of the next bytes that is the body's. Errors: ValueError, in all these classes.
+
+        Bytes that are refused do not count: what is said next must fit behind those before.
+        """
+        payload = data[:self._left]
+        self._left -= len(payload)
+        self.ended = self._left == 0
+        self.over += len(data) - len(payload)
+        return payload
+
+
+class BodyToTheClose:
+    """A body that goes up to the end of its connection."""
+
+    ended = False
+    over = 0
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
 
 # What the next byte of a chunked message belongs to.
 _SIZE, _DATA, _DATA_END, _TRAILER, _DONE = range(5)
@@ -5105,25 +5145,19 @@ class ChunkFraming:
           `--> TRAILER ... -> DONE             behind a size of 0
     """
 
-    __slots__ = ("_left", "_line", "_state")
+    __slots__ = ("_left", "_line", "_state", "ended", "over")
 
     def __init__(self) -> None:
         self._state = _SIZE
         # Bytes of this chunk, or trailers, that may still come.
         self._left = 0
         self._line = b""                        # a line, or a chunk's CRLF, that is not whole yet
+        self.ended = False
+        self.over = 0
 
-    @property
-    def done(self) -> bool:
-        return self._state == _DONE
-
-    def feed(self, data: bytes, payload: Optional[List[bytes]] = None) -> int:
-        """Take the next bytes; return how many stand behind the end of the message.
-
-        With `payload`, the decoded bytes are appended to it. Errors: ValueError; these bytes then
-        do not count.
-        """
+    def feed(self, data: bytes) -> bytes:
         before = self._state, self._left, self._line
+        payload: List[bytes] = []
         position, end = 0, len(data)
         try:
             while position < end and self._state != _DONE:
@@ -5137,9 +5171,11 @@ class ChunkFraming:
         except ValueError:
             self._state, self._left, self._line = before
             raise
-        return end - position
+        self.ended = self._state == _DONE
+        self.over += end - position
+        return payload[0] if len(payload) == 1 else b"".join(payload)
 
-    def _take_whole(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+    def _take_whole(self, data: bytes, position: int, payload: List[bytes]) -> int:
         """Take the chunks that have come from their size to their CRLF, as nearly all have.
 
         Of the 3.2 us that a relayed event of a burst costs, step by step takes 2.1, this 1.2.
@@ -5152,16 +5188,14 @@ class ChunkFraming:
             behind = begin + int(size.group(1), 16)
             if data[behind:behind + 2] != b"\r\n":
                 break
-            if payload is not None:
-                payload.append(data[begin:behind])
+            payload.append(data[begin:behind])
             position = behind + 2
             size = _WHOLE_SIZE.match(data, position)
         return position
 
-    def _take_data(self, data: bytes, position: int, payload: Optional[List[bytes]]) -> int:
+    def _take_data(self, data: bytes, position: int, payload: List[bytes]) -> int:
         behind = min(position + self._left, len(data))
-        if payload is not None:
-            payload.append(data[position:behind])
+        payload.append(data[position:behind])
         self._left -= behind - position
         if not self._left:
             self._state = _DATA_END
@@ -5210,11 +5244,20 @@ class ChunkFraming:
         if not line:
             self._state = _DONE
             return
-        _refuse_controls(line)
-        _split_header(line)
+        for header in _split_head(line):
+            _split_header(header)
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"more than {MAX_HEADERS} trailers")
+
+
+def body_of(response: Response) -> Union[SizedBody, ChunkFraming, BodyToTheClose]:
+    """What takes an answer's body out of its framing."""
+    if response.framing == "chunked":
+        return ChunkFraming()
+    if response.framing == "close":
+        return BodyToTheClose()
+    return SizedBody(response.length if response.framing == "length" else 0)
 
 
 def chunk(data: bytes) -> bytes:
@@ -5222,7 +5265,7 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-# ---- bodies
+# ---- what is in a request's body
 
 
 def _unpacker(coding: str) -> Any:
@@ -5289,6 +5332,10 @@ def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
 # ---- our own errors
 
 
+_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
+                    "not_found": "not_found_error", "forbidden": "permission_error"}
+
+
 def error_json(message: str, kind: str, code: Union[int, str, None] = None,
                protocol: str = "") -> bytes:
     """An error body in the shape of the path asked: OpenAI's, Anthropic's or Ollama's."""
@@ -5300,23 +5347,6 @@ def error_json(message: str, kind: str, code: Union[int, str, None] = None,
         value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
                                             "message": message}}
     return json.dumps(value, ensure_ascii=False).encode()
-
-
-_ANTHROPIC_KINDS = {"upstream_error": "api_error", "server_error": "api_error",
-                    "not_found": "not_found_error", "forbidden": "permission_error"}
-
-
-def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
-    """A server-sent event that says a stream has failed.
-
-    opencode (1.18) asks again upon the word server_error.
-    """
-    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
-    if protocol.startswith("/v1/messages"):
-        return b"event: error\ndata: " + body + b"\n\n"
-    if protocol == "/v1/responses":
-        return _failed_response(message, kind)
-    return b"data: " + body + b"\n\n"
 
 
 def _failed_response(message: str, kind: str) -> bytes:
@@ -5333,6 +5363,19 @@ def _failed_response(message: str, kind: str) -> bytes:
     return b"".join(
         f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
         for event in (said, failed))
+
+
+def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
+    """A server-sent event that says a stream has failed.
+
+    opencode (1.18) asks again upon the word server_error.
+    """
+    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    if protocol.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body + b"\n\n"
+    if protocol == "/v1/responses":
+        return _failed_response(message, kind)
+    return b"data: " + body + b"\n\n"
 
 
 # ---- who may ask
@@ -5365,9 +5408,11 @@ def origin_matches(origin: str, pattern: str) -> bool:
     scheme, _, place = origin.lower().partition("://")
     wanted, found, where = pattern.rpartition("://")
     if not found:
-        bare = place.rpartition(":")[0] or place
-        return scheme in ("http", "https") and host_matches(bare, where)
-    return scheme == wanted and (where == "*" or host_matches(place, where))
+        host = place.rpartition(":")[0] or place
+        return scheme in ("http", "https") and host_matches(host, where)
+    if scheme != wanted:
+        return False
+    return where == "*" or host_matches(place, where)
 
 
 def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
@@ -5437,14 +5482,20 @@ def tokens_said(said: bytes) -> Counts:
     output = of(b"predicted_n") or of(b"completion_tokens") or of(b"output_tokens") or 0
     prompt = of(b"prompt_tokens") or 0
     if b"prompt_n" in found:                    # llama.cpp: what was read anew
-        prompt = found[b"prompt_n"] + found.get(b"cache_n", 0)
+        prompt = found[b"prompt_n"] + of(b"cache_n", 0)
     elif not prompt:
         prompt = of(b"input_tokens") or 0
         if b"cache_read_input_tokens" in found:  # Anthropic's input_tokens leave these out
-            prompt += cached + found.get(b"cache_creation_input_tokens", 0)
-    return Counts(int(prompt), int(cached), int(output), found.get(b"prompt_per_second", 0.0),
-                  found.get(b"predicted_per_second", 0.0), int(found.get(b"draft_n", 0)),
-                  int(found.get(b"draft_n_accepted", 0)))
+            prompt += cached + of(b"cache_creation_input_tokens", 0)
+    return Counts(
+        prompt=int(prompt),
+        cached=int(cached),
+        output=int(output),
+        read_per_s=of(b"prompt_per_second", 0.0),
+        written_per_s=of(b"predicted_per_second", 0.0),
+        drafted=int(of(b"draft_n", 0)),
+        accepted=int(of(b"draft_n_accepted", 0)),
+    )
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
@@ -5496,7 +5547,9 @@ def own_fault(status: int, text: str) -> bool:
 
     llama.cpp answers 500 to a picture without a projector, and to tools that it cannot parse.
     """
-    return status == 500 and bool(pictures_refused(text) or _TOOL_FAULT.search(text[:RECV_BYTES]))
+    if status != 500:
+        return False
+    return pictures_refused(text) or bool(_TOOL_FAULT.search(text[:RECV_BYTES]))
 
 
 def falls_through(status: int, hosted: bool = False) -> bool:
@@ -5547,13 +5600,14 @@ def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) ->
         if message.get("role") == "user":
             first = text
             break
-    named = body.get("prompt_cache_key") or body.get("session_id")
+    key = body.get("prompt_cache_key") or body.get("session_id")
     for name in _SESSION_HEADERS:
         if fields.get(name):
-            named = fields[name].decode("latin-1")
+            key = fields[name].decode("latin-1")
             break
-    key = named[:200] if isinstance(named, str) else ""
-    if not key:
+    if isinstance(key, str) and key:
+        key = key[:200]
+    else:
         text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
         key = f"{hash(text):x}" if text else ""
     if not key or first is None:
@@ -5596,8 +5650,9 @@ def prompt_segments(body: Mapping[str, Any]) -> Segments:
     first = 0
     while first < len(messages) and messages[first].get("role") in ("system", "developer"):
         first += 1
-    above = [body.get("system"), body.get("instructions"), *messages[:first]]
-    found = [*_segment(above), *_segment([body.get("tools"), body.get("functions")])]
+    system = [body.get("system"), body.get("instructions"), *messages[:first]]
+    tools = [body.get("tools"), body.get("functions")]
+    found = [*_segment(system), *_segment(tools)]
     for message in messages[first:]:
         found += _message_segment(message)
     return tuple(found)
@@ -5608,22 +5663,24 @@ def same_beginning(before: Segments, now: Segments) -> Tuple[float, str]:
 
     Told in characters; "" where the next goes on where the last ended.
     """
-    same = 0
+    same_chars = 0
     for i in range(0, len(before), 2):
         if before[i:i + 2] != now[i:i + 2]:
-            where = f"message {i // 2 - 1}"
-            if i < 4:
-                where = ("system text", "tools")[i // 2]
-            return same / sum(before[1::2]), where
-        same += before[i + 1]
+            part = i // 2                       # 0: the system's, 1: the tools, then messages
+            where = f"message {part - 1}"
+            if part < 2:
+                where = ("system text", "tools")[part]
+            return same_chars / sum(before[1::2]), where
+        same_chars += before[i + 1]
     return 1.0, ""
 
 
 def waiting_event(words: str) -> bytes:
     """A chat's event that shows what is waited for, as llama-swap's loading state does."""
     delta = {"role": "assistant", "reasoning_content": words + "\n"}
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
     event = {"id": "llmstack-waiting", "object": "chat.completion.chunk", "created": 0,
-             "model": "llmstack", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+             "model": "llmstack", "choices": [choice]}
     return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
 
@@ -5674,7 +5731,9 @@ def prompt_read(log: str) -> float:
             shares.pop(task, None)
         else:
             shares[task] = float(share)
-    return sum(shares.values()) if len(shares) == 1 else 0.0
+    if len(shares) != 1:
+        return 0.0
+    return sum(shares.values())
 
 
 def percent_words(share: float) -> str:
@@ -8156,6 +8215,18 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
 # - A body is taken out of its framing and put into ours: so its last bytes can be read.
 # - A head is split and matched by few regular expressions, and what is the same in each request of
 #   a client is kept. BaseHTTPRequestHandler and http.client parse far more than a relay needs.
+#
+# A Server has a thread that accepts, a thread for each connection, and the main thread for the
+# housekeeping. A connection's thread reads a request (Client), has the App answer it, and closes
+# the connection at its end; others only make it give way. The way of a relayed request (_Relay):
+#     ask     over a connection of the upstream's pool; a kept one that has died is replaced, once
+#     head    interim answers are dropped; in each silence the client is looked at, and told to wait
+#     judge   an error, or a stream that begins with one, may be rejected: another tier is asked
+#     begin   the first byte goes on: the body is let go of, and no other tier is asked any more
+#     pass on until the body has ended (done), or ends without an end (broken)
+# The upstream's connection goes back to its pool once an answer was read whole, and is closed by
+# _Relay.run() in every other case, whatever was raised.
+#
 # To compare two versions, turn off the random addresses (`setarch -R`): where the libraries land
 # moves the latency by 10 us from one start to the next.
 
@@ -8197,6 +8268,24 @@ def _peek(sock: socket.socket) -> Optional[bytes]:
         return None
     except (OSError, ValueError):
         return b""
+
+
+def _carry(source: socket.socket, target: socket.socket) -> bool:
+    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
+    data = source.recv(RECV_BYTES)
+    if data:
+        target.sendall(data)
+    else:
+        target.shutdown(socket.SHUT_WR)
+    return bool(data)
+
+
+def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
+    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
+    while ready.get_map():
+        for key, _ in ready.select():
+            if not _carry(key.fileobj, other[key.fileobj]):
+                ready.unregister(key.fileobj)
 
 
 class Client:
@@ -8313,17 +8402,14 @@ class Client:
         framing, body = ChunkFraming(), bytearray()
         data, self._buffer = self._buffer, b""
         while True:
-            # Of these bytes alone: millions of tiny chunks would weigh many times the body.
-            payload: List[bytes] = []
             try:
-                over = framing.feed(data, payload)
+                body += framing.feed(data)
             except ValueError as exc:
                 raise HttpError(400, str(exc)) from None
-            body += b"".join(payload)
             if len(body) > MAX_BODY_BYTES:
                 raise HttpError(413, f"the body is over {MAX_BODY_BYTES // 2**20} MiB")
-            if framing.done:
-                self._buffer = data[len(data) - over:]
+            if framing.ended:
+                self._buffer = data[len(data) - framing.over:]
                 return body                     # type: ignore[return-value]  # read like bytes
             data = self._wait_for(self._sock.recv, RECV_BYTES)
 
@@ -8402,6 +8488,10 @@ class Client:
         self.answering = True
         self.send(head if self.method == "HEAD" else head + body)
 
+    def reply_json(self, value: Any, status: int = 200, extra: bytes = b"") -> None:
+        """Answer ourselves with a value as JSON."""
+        self.reply(status, json.dumps(value, ensure_ascii=False).encode(), extra=extra)
+
     def connection_line(self) -> bytes:
         """The header line that says whether the connection stays, where its version does not."""
         if not self.keep_alive:
@@ -8460,7 +8550,7 @@ class Client:
 
     def _drain(self) -> None:
         """Say no more, and take what the client still says. Errors: OSError, ValueError."""
-        self._sock.shutdown(socket.SHUT_WR)
+        self.half_close()
         _set_patience(self._sock, 200)
         for _ in range(64):
             if not self._sock.recv(RECV_BYTES):
@@ -8469,11 +8559,9 @@ class Client:
     def tunnel(self, upstream: socket.socket) -> None:
         """Carry bytes both ways until both sides have ended (an `Upgrade` that was granted)."""
         import selectors
-        self.keep_alive = False
         other = {self._sock: upstream, upstream: self._sock}
         with selectors.DefaultSelector() as ready:
             for sock in other:
-                sock.settimeout(None)
                 _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
@@ -8483,25 +8571,53 @@ class Client:
                 pass
 
 
-def _carry(source: socket.socket, target: socket.socket) -> bool:
-    """Pass on what has come; False at the end, which is passed on, too. Errors: OSError."""
-    data = source.recv(RECV_BYTES)
-    if data:
-        target.sendall(data)
-    else:
-        target.shutdown(socket.SHUT_WR)
-    return bool(data)
-
-
-def _carry_all(ready: Any, other: Mapping[socket.socket, socket.socket]) -> None:
-    """Pass on what comes from each registered socket until all have ended. Errors: OSError."""
-    while ready.get_map():
-        for key, _ in ready.select():
-            if not _carry(key.fileobj, other[key.fileobj]):
-                ready.unregister(key.fileobj)
-
-
 JSON_LINE = b"Content-Type: application/json\r\n"
+
+
+def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
+    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    deadline = time.monotonic() + timeout_s
+    total = 0
+    while True:
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            data = sock.recv(RECV_BYTES)
+        except _LAPSED:
+            data = None
+        if data is None or time.monotonic() > deadline:
+            raise OSError(f"no answer within {timeout_s:g} s")
+        if not data:
+            return
+        total += len(data)
+        if total > limit_bytes:
+            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
+        yield data
+
+
+def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
+    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
+    data, end = bytearray(), -1
+    while end < 0:
+        searched = len(data)
+        piece = next(pieces, b"")
+        if not piece:
+            raise ValueError("the answer ended early")
+        data += piece
+        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
+            raise ValueError("an answer without end")
+        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
+    response = parse_response_head(bytes(data[:end]), method)
+    body = body_of(response)
+    payload = bytearray(body.feed(bytes(data[end + 4:])))
+    while not body.ended:
+        piece = next(pieces, b"")
+        if piece:
+            payload += body.feed(piece)
+        elif response.framing == "close":
+            break
+        else:
+            raise ValueError("the answer ended early")
+    return response, bytes(payload)
 
 
 class Upstream:
@@ -8515,11 +8631,12 @@ class Upstream:
         self.prefix = prefix.rstrip("/")
         self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
-        name = f"[{host}]" if ":" in host else host
-        usual_port = 443 if tls else 80
-        authority = name if port == usual_port else f"{name}:{port}"
+        scheme, usual_port = ("https", 443) if tls else ("http", 80)
+        authority = f"[{host}]" if ":" in host else host
+        if port != usual_port:
+            authority += f":{port}"
         self.authority = authority.encode("ascii")
-        self.url = f"{'https' if tls else 'http'}://{authority}{self.prefix}"
+        self.url = f"{scheme}://{authority}{self.prefix}"
 
     def use_tls(self, context: Any) -> None:
         """Verify the server as this ssl.SSLContext says, not as the default one does."""
@@ -8595,63 +8712,6 @@ class Upstream:
             return _read_answer(_pieces(sock, timeout_s, limit_bytes), method)
         finally:
             sock.close()
-
-
-def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
-    """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
-    deadline = time.monotonic() + timeout_s
-    total = 0
-    while True:
-        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-        try:
-            data = sock.recv(RECV_BYTES)
-        except _LAPSED:
-            data = None
-        if data is None or time.monotonic() > deadline:
-            raise OSError(f"no answer within {timeout_s:g} s")
-        if not data:
-            return
-        total += len(data)
-        if total > limit_bytes:
-            raise OSError(errno.EFBIG, f"its answer has more than {limit_bytes:,} bytes")
-        yield data
-
-
-def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]:
-    """(head, body) of an answer that comes in pieces. Errors: ValueError, and those of `pieces`."""
-    data, end = bytearray(), -1
-    while end < 0:
-        searched = len(data)
-        data += _next_piece(pieces)
-        if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
-            raise ValueError("an answer without end")
-        end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    response = parse_response_head(bytes(data[:end]), method)
-    del data[:end + 4]
-    if response.framing == "none":
-        return response, b""
-    if response.framing == "close":
-        return response, bytes(data) + b"".join(pieces)
-    if response.framing == "chunked":
-        return response, _read_chunks(bytes(data), pieces)
-    while len(data) < response.length:
-        data += _next_piece(pieces)
-    return response, bytes(data[:response.length])
-
-
-def _read_chunks(data: bytes, pieces: Iterator[bytes]) -> bytes:
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, List[bytes]
-    framing.feed(data, payload)
-    while not framing.done:
-        framing.feed(_next_piece(pieces), payload)
-    return b"".join(payload)
-
-
-def _next_piece(pieces: Iterator[bytes]) -> bytes:
-    data = next(pieces, b"")
-    if not data:
-        raise ValueError("the answer ended early")
-    return data
 
 
 MAX_ANSWER_BYTES = 1 << 20                      # of a daemon that is asked for its state
@@ -8872,13 +8932,14 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             raise UpstreamBroken("its head does not end")
 
 
-_IDENTITY = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
+# Asks for a stream whose end can be read and added to.
+UNCOMPRESSED = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
-def uncompressed(request: Request) -> Request:
-    """The request, asking for a stream whose end can be read and added to."""
-    others = tuple(h for h in request.headers if h[0] != b"accept-encoding")
-    return request._replace(headers=(*others, _IDENTITY))
+def with_header(request: Request, header: Header) -> Request:
+    """The request with a header instead of any of the same name."""
+    others = tuple(h for h in request.headers if h[0] != header[0])
+    return request._replace(headers=(*others, header))
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
@@ -8888,8 +8949,8 @@ _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 def request_head(request: Request, upstream: Upstream, target: str, length: int,
                  drop: FrozenSet[bytes] = frozenset()) -> bytes:
     """The head we send upstream for a client's request; one with a key gets that and no other."""
-    lines = [f"{request.method} {upstream.prefix}{target} HTTP/1.1".encode("latin-1"),
-             b"Host: " + upstream.authority]
+    first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
+    lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
     drop = drop.union(_DROPPED, request.words)
     if upstream.key:
         drop = drop | _KEY_HEADERS
@@ -8901,51 +8962,6 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     if length or request.length or request.method in ("POST", "PUT", "PATCH"):
         lines.append(b"Content-Length: %d" % length)
     return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-class _Sized:
-    """A body of a length that its head says."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-        self.ended = length == 0
-        self.over = 0                           # bytes behind the end
-
-    def feed(self, data: bytes) -> bytes:
-        """The part of `data` that is the body's. Errors: UpstreamBroken, in all these classes."""
-        payload = data[:self._left]
-        self._left -= len(payload)
-        self.ended = self._left == 0
-        self.over += len(data) - len(payload)
-        return payload
-
-
-class _Chunked:
-    """A body in chunks."""
-
-    def __init__(self) -> None:
-        self._framing = ChunkFraming()
-        self.ended = False
-        self.over = 0
-
-    def feed(self, data: bytes) -> bytes:
-        payload: List[bytes] = []
-        try:
-            self.over += self._framing.feed(data, payload)
-        except ValueError as exc:
-            raise UpstreamBroken(str(exc)) from None
-        self.ended = self._framing.done
-        return payload[0] if len(payload) == 1 else b"".join(payload)
-
-
-class _ToTheClose:
-    """A body that goes up to the end of its connection."""
-
-    ended = False
-    over = 0
-
-    def feed(self, data: bytes) -> bytes:
-        return data
 
 
 def _retyped(response: Response, content_type: bytes) -> Response:
@@ -8970,20 +8986,14 @@ class _Answer:
                  translation: Optional[Translation] = None) -> None:
         self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
-        self._body: Union[_Sized, _Chunked, _ToTheClose] = _Sized(response.length)
-        if response.framing == "none":
-            self._body = _Sized(0)
-        elif response.framing == "chunked":
-            self._body = _Chunked()
-        elif response.framing == "close":
-            self._body = _ToTheClose()
-        length_known = response.framing in ("length", "none") and not client.opened
+        self._body = body_of(response)
+        sized = response.framing in ("length", "none") and not client.opened
         if translation is not None:
-            length_known = False
+            sized = False
             translation.begin(response.status)
             self.response = _retyped(response, translation.content_type)
-        self.chunked = client.minor == 1 and not length_known
-        if client.minor == 0 and not length_known:
+        self.chunked = client.minor == 1 and not sized
+        if client.minor == 0 and not sized:
             client.keep_alive = False           # its end tells that of the answer
 
     @property
@@ -8997,7 +9007,10 @@ class _Answer:
 
     def feed(self, data: bytes) -> bytes:
         """What of the next bytes is payload. Errors: UpstreamBroken."""
-        payload = self._body.feed(data)
+        try:
+            payload = self._body.feed(data)
+        except ValueError as exc:
+            raise UpstreamBroken(str(exc)) from None
         if len(payload) >= TAIL_BYTES:
             self.tail = payload[-TAIL_BYTES:]
         elif payload:
@@ -9039,6 +9052,14 @@ class _Answer:
         return "its stream ended in the middle of an event"
 
 
+# The first event of a stream that is no comment, whole.
+_EVENT = re.compile(
+    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+_ERROR_EVENT = re.compile(
+    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
+
+
 def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     """The payload of an event stream up to the end of its first event that is no comment.
 
@@ -9053,14 +9074,6 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     found = _EVENT.search(payload)
     answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
     return payload
-
-
-# The first event of a stream that is no comment, whole.
-_EVENT = re.compile(
-    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(
-    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
-_ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
 def event_error(event: bytes) -> int:
@@ -9083,9 +9096,26 @@ def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
 
 
 def _response_head(response: Response, client: Client, extra: bytes, chunked: bool) -> bytes:
-    framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
-    close = b"" if response.status == 101 else client.connection_line()
-    return b"".join((response.text, framing, close, client.for_page(), extra, b"\r\n"))
+    lines = response.text
+    if chunked:
+        lines += b"Transfer-Encoding: chunked\r\n"
+    if response.status != 101:                  # its Connection line is the upstream's
+        lines += client.connection_line()
+    return b"".join((lines, client.for_page(), extra, b"\r\n"))
+
+
+def _cost(response: Response) -> float:
+    """Dollars, as LiteLLM says it in a header."""
+    value = response.header(b"x-litellm-response-cost")
+    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
+        return float(value)
+    return 0.0
+
+
+def _retry_after_s(response: Response) -> float:
+    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
+    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
+    return parse_retry_after(value.strip(), time.time())
 
 
 class _Relay:
@@ -9124,27 +9154,22 @@ class _Relay:
 
         Errors: UpstreamBroken, ClientGone.
         """
-        response, judge = answer.response, self._terms.judge
-        opened = self._client.opened
-        if response.status == 200 and response.events:
-            if judge is None and not opened:
-                return None, answer.feed(data)
+        response, judge, opened = answer.response, self._terms.judge, self._client.opened
+        stream = response.status == 200 and response.events
+        suspect = stream or response.status >= 400 or opened
+        if not suspect or (judge is None and not opened):
+            return None, answer.feed(data)
+        if stream:
             payload = _first_event(answer, receiver, data)
             broken = answer.why_broken() if answer.ended else ""
             status = 500 if broken else event_error(answer.first)
             text = broken or answer.first.decode("utf-8", "replace")
-        elif response.status >= 400 or opened:
-            if judge is None and not opened:
-                return None, answer.feed(data)
-            payload = _short_body(answer, receiver, data)
-            text = payload.decode("utf-8", "replace")
-            status = response.status
         else:
-            return None, answer.feed(data)
-        stream_error = response.status == 200 and response.events
-        if status and (judge and judge(status, text)):
-            return Outcome("rejected", status, text, _retry_after_s(response)), payload
-        if opened and not stream_error:
+            payload = _short_body(answer, receiver, data)
+            status = response.status
+            text = payload.decode("utf-8", "replace")
+        rejected = bool(status and judge and judge(status, text))
+        if rejected or (opened and not stream):     # what is no stream cannot follow one's events
             return Outcome("rejected", status, text, _retry_after_s(response)), payload
         return None, payload
 
@@ -9232,8 +9257,13 @@ class _Relay:
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
-        return Outcome("done", response.status, "", 0.0, answer.counts(),
-                       self._first_byte_s, _cost(response))
+        return Outcome(
+            "done",
+            response.status,
+            counts=answer.counts(),
+            first_byte_s=self._first_byte_s,
+            cost=_cost(response),
+        )
 
     def _ask(self, upstream: Upstream) -> Tuple[socket.socket, Tuple[_Receiver, Response, bytes]]:
         """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
@@ -9269,20 +9299,6 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     return _Relay(client, request, body, terms).run(upstream)
 
 
-def _cost(response: Response) -> float:
-    """Dollars, as LiteLLM says it in a header."""
-    value = response.header(b"x-litellm-response-cost")
-    if value and re.match(r"[0-9.]{1,20}(?:e-[0-9]{1,2})?\Z", value):
-        return float(value)
-    return 0.0
-
-
-def _retry_after_s(response: Response) -> float:
-    """Seconds of a Retry-After, a number or a date; 0.0 without one."""
-    value = response.header(b"retry-after") or response.header(b"llm_provider-retry-after")
-    return parse_retry_after(value.strip(), time.time())
-
-
 class App:
     """What a server does with its requests."""
 
@@ -9296,20 +9312,15 @@ class App:
         """Housekeeping on the main thread."""
 
 
-def serve_connection(client: Client, app: App) -> None:
-    """Answer one connection's requests until it ends."""
+def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
+    """Say why a connection ends, where that can be said."""
+    if client.answering:
+        return
+    client.keep_alive = False
     try:
-        while client.keep_alive:
-            if not _serve_request(client, app):
-                break
+        client.reply_error(status, message, "server_error", extra)
     except ClientGone:
         pass
-    except Exception:                           # a bug: its traceback is for the log alone
-        import traceback
-        app.log.error("internal error\n" + traceback.format_exc())
-        _reply_last(client, 500, "internal error; see the log")
-    finally:
-        client.close()
 
 
 def _serve_request(client: Client, app: App) -> bool:
@@ -9329,15 +9340,20 @@ def _serve_request(client: Client, app: App) -> bool:
     return True
 
 
-def _reply_last(client: Client, status: int, message: str, extra: bytes = b"") -> None:
-    """Say why a connection ends, where that can be said."""
-    if client.answering:
-        return
-    client.keep_alive = False
+def serve_connection(client: Client, app: App) -> None:
+    """Answer one connection's requests until it ends."""
     try:
-        client.reply_error(status, message, "server_error", extra)
+        while client.keep_alive:
+            if not _serve_request(client, app):
+                break
     except ClientGone:
         pass
+    except Exception:                           # a bug: its traceback is for the log alone
+        import traceback
+        app.log.error("internal error\n" + traceback.format_exc())
+        _reply_last(client, 500, "internal error; see the log")
+    finally:
+        client.close()
 
 
 class Server:
@@ -9493,6 +9509,11 @@ def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
 # What can answer a tier: a llama-server of the embedded engine, a model of llama-swap, LiteLLM's
 # proxy, a direct host. To a request they are all the same: a lease that becomes ready, has an
 # upstream, and is given back.
+#
+# ask_lease() is the one place where a request waits, on the thread of its connection: it looks at
+# the client in between, tells a stream what it waits for (Waiting), relays, and gives the place
+# back, whatever has happened. How that ended is an Outcome; who asked says it to the client
+# (tell_failure), for only they know whether another backend is asked.
 
 
 class Lease:
@@ -9538,6 +9559,22 @@ class Lease:
         """Give the place back; once, whatever has happened."""
 
 
+def _end_when_silent(sock: socket.socket) -> None:
+    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
+
+    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
+    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
+                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
+        try:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:                         # named, and not known to this kernel
+            pass
+
+
 class Host(Upstream):
     """A host of hosted tiers that the router asks itself, and whether it can be reached."""
 
@@ -9558,26 +9595,24 @@ class Host(Upstream):
 
         Errors: OSError; ClientGone, when the client goes meanwhile.
         """
+        # The first in it is the result: a connection, or that nobody waits for one any more.
         got: List[Union[socket.socket, OSError]] = []
-        done, left, handing = threading.Event(), threading.Event(), threading.Lock()
+        done = threading.Event()
 
         def dial() -> None:
             result = self._dial()
-            with handing:                       # it is handed over or closed here, never both
-                got.append(result)
-                late = left.is_set()
+            got.append(result)
             done.set()
-            if late and isinstance(result, socket.socket):
-                result.close()
+            if got[0] is not result and isinstance(result, socket.socket):
+                result.close()                  # too late
 
         threading.Thread(target=dial, name="dial", daemon=True).start()
         end = time.monotonic() + HOST_CONNECT_S
         gone = False
         while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
             gone = client is not None and client.gone()
-        with handing:
-            left.set()
-            result = got[0] if got else socket.timeout()
+        got.append(socket.timeout())
+        result = got[0]
         if gone:
             if isinstance(result, socket.socket):
                 result.close()
@@ -9609,7 +9644,7 @@ class Host(Upstream):
                 self.since = self._clock()
             self.offline = why
         if first:
-            self.forget()
+            self.forget()                       # its kept connections lead nowhere, too
             self._log.warning(f"offline: no connection to {self.url} ({why});"
                               " auto runs locally meanwhile")
 
@@ -9642,32 +9677,18 @@ class Host(Upstream):
         self._probing = False
 
 
-def _end_when_silent(sock: socket.socket) -> None:
-    """A network that goes away says nothing: notice within 20 s instead of a quarter of an hour.
-
-    USER_TIMEOUT (Linux, ms) is for what has been sent; with less than the probes' own time it would
-    end a silent connection on the first probe that is lost. TCP_KEEPALIVE is a Mac's KEEPIDLE.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPALIVE", 5), ("TCP_KEEPINTVL", 5),
-                        ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000)):
-        try:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        except OSError:                         # named, and not known to this kernel
-            pass
-
-
 class Waiting:
     """What a client that asked for a stream is told while its model gets ready."""
 
     GRACE_S = 0.15                              # a start that fails at once is a plain error
 
-    def __init__(self, client: Client, path: str, stream: bool, mode: str = "visible",
-                 extra: Optional[Callable[[], bytes]] = None) -> None:
+    def __init__(self, client: Client, path: str, stream: bool, stage: Callable[[], str],
+                 mode: str = "visible", extra: Optional[Callable[[], bytes]] = None) -> None:
         self._client, self._extra = client, extra
+        self._stage = stage                     # says what is waited for
         self._silent = not stream or mode == "off"
-        self._visible = mode == "visible" and path == "/v1/chat/completions"
+        chats = path == "/v1/chat/completions"
+        self._visible = chats and mode == "visible"
         self._began_s = time.monotonic()
         self._next_s = self.GRACE_S             # of the next message, after the beginning
         self.ready_s = 0.0                      # how long it took until its model was ready
@@ -9676,7 +9697,7 @@ class Waiting:
     def waited_s(self) -> float:
         return time.monotonic() - self._began_s
 
-    def tell(self, stage: Callable[[], str]) -> None:
+    def tell(self) -> None:
         """Say what is waited for, when it is time to. Errors: ClientGone.
 
         At once, then every 2 s, and ever more seldom: 96 messages in an hour, for some clients give
@@ -9686,7 +9707,7 @@ class Waiting:
         if self._silent or waited_s < self._next_s:
             return
         self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
-        what = stage()
+        what = self._stage()
         if not what:
             return
         client = self._client
@@ -9709,7 +9730,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
                 raise ClientGone
             if 0 < terms.patience_s < waiting.waited_s:
                 return Outcome("unreachable", 0, "busy")
-            waiting.tell(lease.stage)
+            waiting.tell()
         if terms.patience_s:
             left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
             terms = terms._replace(first_byte_s=left_s)
@@ -9750,6 +9771,28 @@ def said_error(text: str) -> str:
     return text.strip()[:400]
 
 
+def tell_failure(client: Client, log: Log, what: str, outcome: Outcome, nobody: str,
+                 remedy: str = "", extra: bytes = b"") -> None:
+    """Say in the log, and to the client where no answer has reached it, how a request has failed.
+
+    `what` names the request, `nobody` says who did not answer.
+    """
+    detail = outcome.detail
+    if outcome.state == "broken":
+        log.warning(f"{what}: the upstream broke off its answer: {detail}")
+    elif outcome.state == "failed":
+        log.warning(f"{what}: {detail}")
+        reply_failure(client, outcome.status, detail, extra=extra)
+    elif outcome.state == "rejected":
+        reply_failure(client, outcome.status, said_error(detail), extra=extra)
+    elif outcome.state == "unreachable":
+        message = f"{nobody} ({detail})"
+        if remedy:
+            message += f"; {remedy}"
+        log.warning(f"{what}: {message}")
+        reply_failure(client, 502, message, extra=extra)
+
+
 def check_caller(client: Client, request: Request, loopback: bool, origins: Sequence[str] = (),
                  hosts: Sequence[str] = ()) -> None:
     """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
@@ -9772,8 +9815,15 @@ class Behind(App):
     """What stands behind the router, and answers on 10102 itself."""
 
     address = ""                                # for messages
+    remedy = "see its log"                      # ...where it does not answer; see Setting
     page_url = ""                               # of the router's page
     has_others = False                          # it may serve models that models.ini does not name
+    loading_state = "visible"                   # how a stream that waits is told so, see Config
+
+    @property
+    def nobody(self) -> str:
+        """Who does not answer, in words."""
+        return f"nothing answers behind the router at {self.address}"
 
     def memory(self) -> Dict[str, Any]:
         """The budget, and what is short, as `status` and `fit` show it; {} where it has none."""
@@ -9795,10 +9845,20 @@ class Behind(App):
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
+
+    def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
+                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
+        """Pass a request on as it is; `stream`: it asks for one. Errors: ClientGone."""
+        path = inference_path(request.target)
+        client.protocol = path
+        waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
+        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
+        pieces = [body] if body else []
+        return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
     def watched(self) -> Dict[str, Any]:
         """What it runs, for who looks on: `models`, a row a name; `parked`, a row a conversation;
@@ -9827,6 +9887,16 @@ class Behind(App):
         self.pass_on(client, request, body, frozenset())
 
 
+def _json_of(request: Request, body: bytes) -> Any:
+    """A JSON body, parsed; None for any other."""
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        return None
+    try:
+        return json.loads(str(body, "utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
 class UpstreamApp(Behind):
     """One upstream for everything: `serve --upstream`, or llama-swap."""
 
@@ -9843,53 +9913,31 @@ class UpstreamApp(Behind):
         return Lease(self.upstream)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
-        query = request.target.partition("?")[2]
-        keys = b"".join(line + b"\r\n" for name, _, line in request.headers
-                        if name in (b"authorization", b"x-api-key") and name not in drop)
-        target = "/v1/models" + (f"?{query}" if query else "")
+        keys = b""
+        for name, _, line in request.headers:
+            if name in (b"authorization", b"x-api-key") and name not in drop:
+                keys += line + b"\r\n"
+        _, mark, query = request.target.partition("?")
+        target = "/v1/models" + mark + query
         response, body = self.upstream.get(target, 3.0, headers=keys)
         listing = json.loads(body)
         if response.status != 200 or not isinstance(listing, dict):
             raise ValueError(response.status)
         return listing
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
-        path = request.target.partition("?")[0]
-        inference = inference_path(path)
-        client.protocol = inference
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         name, stream = "", False
-        if inference:
+        if inference_path(request.target):
             values = _json_of(request, body)
             if isinstance(values, dict):
-                name, stream = str(values.get("model")), values.get("stream") is True
+                name = str(values.get("model"))
+                stream = values.get("stream") is True
         if stream:
-            request = uncompressed(request)
-        lease, waiting = self.lease(name), Waiting(client, inference, stream)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(inference, ()),
-                      waiting=lambda: waiting.tell(lease.stage))
-        outcome = ask_lease(client, request, lease, request.target, [body] if body else [],
-                            terms, waiting)
-        if outcome.state == "broken":
-            self.log.warning(f"{request.method} {path}: the upstream broke off its answer:"
-                             f" {outcome.detail}")
-        elif outcome.state == "rejected":
-            reply_failure(client, outcome.status, said_error(outcome.detail))
-        elif outcome.state == "unreachable":
-            message = (f"nothing answers behind the router at {self.address}"
-                       f" ({outcome.detail}); {remedy or 'see its log'}")
-            self.log.warning(f"{request.method} {path}: {message}")
-            reply_failure(client, 502, message)
-
-
-def _json_of(request: Request, body: bytes) -> Any:
-    """A JSON body, parsed; None for any other."""
-    if b"json" not in request.fields.get(b"content-type", b"").lower():
-        return None
-    try:
-        return json.loads(str(body, "utf-8"))
-    except (ValueError, RecursionError):
-        return None
+            request = with_header(request, UNCOMPRESSED)
+        outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
+        what = f"{request.method} {request.target.partition('?')[0]}"
+        tell_failure(client, self.log, what, outcome, self.nobody, self.remedy)
 
 
 # ==================================================================================================
@@ -9938,12 +9986,24 @@ def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str
     row: Dict[str, Any] = {
         "time": round(time.time(), 3),
         "conversation": "",                     # replay reads no further than the reason
-        "path": path, "tier": tier, "rung": "explicit",
-        "tokens": facts.tokens, "estimate": facts.full_tokens, "truth": counts.prompt,
-        "ratio": round(facts.ratio, 3), "turns": facts.turns, "max_tokens": facts.max_tokens,
-        "pictures": facts.pictures, "fim": facts.fim, "trigger": facts.trigger,
-        "cached": counts.cached, "output": counts.output, "ended": outcome.state,
-        "status": outcome.status, "first_byte_s": round(outcome.first_byte_s, 3)}
+        "path": path,
+        "tier": tier,
+        "rung": "explicit",
+        "tokens": facts.tokens,
+        "estimate": facts.full_tokens,
+        "truth": counts.prompt,
+        "ratio": round(facts.ratio, 3),
+        "turns": facts.turns,
+        "max_tokens": facts.max_tokens,
+        "pictures": facts.pictures,
+        "fim": facts.fim,
+        "trigger": facts.trigger,
+        "cached": counts.cached,
+        "output": counts.output,
+        "ended": outcome.state,
+        "status": outcome.status,
+        "first_byte_s": round(outcome.first_byte_s, 3),
+    }
     if counts.written_per_s:
         row["per_s"] = round(counts.written_per_s, 1)
     if counts.drafted:
@@ -10001,43 +10061,69 @@ IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory
 Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
 
 
+def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
+    if pairs:
+        name += "{" + ",".join(pairs) + "}"
+    return f"{name} {value:.12g}"
+
+
+def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
+    """Each bucket counts all that is at most its limit."""
+    lines = []
+    below = 0
+    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
+    for limit, count in zip(limits, counts):
+        below += count
+        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
+    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
+    lines.append(_sample_line(f"{name}_count", (), (), below))
+    return lines
+
+
 class Counters:
     """The sums behind /metrics. A request pays some microseconds for them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # A counter without labels is shown before it has counted anything.
         self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
-        names = [name for name, metric in METRICS.items() if metric.kind == "histogram"]
-        self._seconds = dict.fromkeys(names, 0.0)
-        self._buckets = {name: [0] * (len(SECONDS_BUCKETS) + 1) for name in names}
+        self._seconds: Dict[str, float] = {}    # of a histogram, in all...
+        self._buckets: Dict[str, List[int]] = {}    # ...and how many fell into each bucket
+        for name, metric in METRICS.items():
+            if metric.kind == "histogram":
+                self._seconds[name] = 0.0
+                self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
 
-    def add(self, name: str, *labels: str, by: float = 1) -> None:
+    def count_left(self, tier: str) -> None:
+        """Count a request whose client has left before its end."""
         with self._lock:
-            self._add(name, labels, by)
+            self._add("llmstack_requests_total", (tier, "", "left"), 1)
 
     def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
         key = (name, labels)
         self._sums[key] = self._sums.get(key, 0) + by
 
     def _observe(self, name: str, seconds: float) -> None:
-        over = bisect.bisect_left(SECONDS_BUCKETS, seconds)
-        self._buckets[name][over] += 1
+        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
+        self._buckets[name][bucket] += 1
         self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
-        tier = row["tier"]
+        tier, ended = row["tier"], row["ended"]
         with self._lock:
-            self._add("llmstack_requests_total", (tier, row["rung"], row["ended"]), 1)
+            self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
             if "fallbacks" in row:
                 self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
-            for kind, key in (("prompt", "truth"), ("cached", "cached"), ("output", "output")):
-                if row[key]:
-                    self._add("llmstack_tokens_total", (tier, kind), row[key])
+            tokens = {"prompt": row["truth"], "cached": row["cached"], "output": row["output"]}
+            for kind, count in tokens.items():
+                if count:
+                    self._add("llmstack_tokens_total", (tier, kind), count)
             if "cost" in row:
                 self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
             self._observe("llmstack_wait_seconds", row["wait_s"])
-            if row["ended"] in ("done", "broken"):
+            if ended in ("done", "broken"):
                 self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
@@ -10048,27 +10134,14 @@ class Counters:
             seconds = dict(self._seconds)
         lines = []
         for name, metric in METRICS.items():
-            lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}")
-            lines += [_sample_line(name, metric.labels, labels, value)
-                      for (sample, labels), value in samples.items() if sample == name]
+            lines.append(f"# HELP {name} {metric.help}")
+            lines.append(f"# TYPE {name} {metric.kind}")
+            for (sample, labels), value in samples.items():
+                if sample == name:
+                    lines.append(_sample_line(name, metric.labels, labels, value))
             if metric.kind == "histogram":
                 lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
-
-
-def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
-    """Each bucket counts all that is at most its limit."""
-    limits = [*(f"{limit:g}" for limit in SECONDS_BUCKETS), "+Inf"]
-    sums = list(itertools.accumulate(counts))
-    lines = [_sample_line(f"{name}_bucket", ("le",), (limit,), below)
-             for limit, below in zip(limits, sums)]
-    return [*lines, _sample_line(f"{name}_sum", (), (), seconds),
-            _sample_line(f"{name}_count", (), (), sums[-1])]
-
-
-def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
-    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, values))
-    return f"{name}{{{pairs}}} {value:.12g}" if values else f"{name} {value:.12g}"
 
 
 class Events:
@@ -10083,16 +10156,16 @@ class Events:
         self.hearers: List[Callable[[Mapping[str, Any]], None]] = []    # of every row
         self.rates: Dict[str, float] = {}       # tier -> tokens a second of its last answer
         self.epoch = time.time() - time.monotonic()     # once: a beginning told twice is the same
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()           # of all below but the state
         self._salt = os.urandom(16).hex()
         self._start = os.urandom(4).hex()       # part of every id: numbers begin anew with a daemon
         self._number = 0                        # of the last decision
         self._rows: Any = collections.deque(maxlen=DECISIONS_KEPT)
         self._points: Any = collections.deque(maxlen=POINTS_KEPT)
         self._listeners = 0
-        self._asking = threading.Lock()
-        self._state: Dict[str, Any] = {}
-        self._asked_s = -1e9
+        self._asking = threading.Lock()         # of the sources: one asks, the others wait
+        self._state: Dict[str, Any] = {}        # what they told last...
+        self._asked_s = -1e9                    # ...and when that was
 
     def name_of(self, conversation: str) -> str:
         """What a conversation is called: a hash of its key that nobody can look up."""
@@ -10129,12 +10202,17 @@ class Events:
 
     def snapshot(self, after: int = 0) -> Dict[str, Any]:
         """Everything, of the decisions those behind number `after`."""
-        since = time.time() - 3600
-        rows = self._rows_after(after)
+        now = time.time()
+        decisions = self._rows_after(after)
         with self._lock:
-            points = [point for point in self._points if point[0] > since]
-        return {**self.state(), "now": round(time.time(), 1), "start": self._start,
-                "points": points, "decisions": rows}
+            points = [point for point in self._points if point[0] > now - 3600]
+        return {
+            **self.state(),
+            "now": round(now, 1),
+            "start": self._start,
+            "points": points,
+            "decisions": decisions,
+        }
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
@@ -10154,9 +10232,10 @@ class Events:
 
     def _tell(self, client: Client, last_id: str) -> None:
         """First everything, then what changes. Errors: ClientGone."""
+        after = 0
         start, _, number = last_id.partition("-")
-        known = start == self._start and re.match("[0-9]{1,15}\\Z", number)
-        after = int(number) if known else 0
+        if start == self._start and re.match("[0-9]{1,15}\\Z", number):
+            after = int(number)                 # the client comes back, and has those
         client.open_stream()
         told = self.snapshot(after)
         after = self._send(client, "snapshot", told, after)
@@ -10180,9 +10259,10 @@ class Events:
     def _send(self, client: Client, kind: str, value: Mapping[str, Any], after: int) -> int:
         """Send an event; the number of the last decision that the client then has."""
         rows = value.get("decisions")
-        after = rows[-1]["number"] if rows else after
-        data = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        client.send_event(f"id: {self._start}-{after}\nevent: {kind}\ndata: {data}\n\n".encode())
+        if rows:
+            after = rows[-1]["number"]
+        lines = f"id: {self._start}-{after}\nevent: {kind}\ndata: {_ENCODE(value)}\n\n"
+        client.send_event(lines.encode())
         return after
 
 
@@ -10235,13 +10315,15 @@ def may_change(request: Request) -> bool:
 # the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
 
 OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
-_OLLAMA_PATHS = frozenset({
-    "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull", "/api/chat",
-    "/api/generate", "/api/embed", "/api/embeddings"})
 _OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
                    "presence_penalty", "frequency_penalty")
+# What asks a model -> the path of OpenAI's API for it; and the other paths.
 _OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
                 "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+_OLLAMA_PATHS = frozenset({
+    *_OLLAMA_ASKS, "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull"})
+# How a picture begins in base64 -> its kind.
+_PICTURES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
 
 
 def ollama_path(path: str) -> str:
@@ -10261,16 +10343,25 @@ def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _picture_part(data: object) -> Dict[str, Any]:
     """A picture, in base64, as a part of a message."""
-    kinds = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
     text = str(data)
-    kind = next((kind for begins, kind in kinds.items() if text.startswith(begins)), "png")
+    kind = next((kind for begins, kind in _PICTURES.items() if text.startswith(begins)), "png")
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
 
 
 def _with_pictures(text: object, images: object) -> object:
     """A message's content: the text alone, or parts with pictures behind it."""
     pictures = [_picture_part(image) for image in _list_of(images)]
-    return [{"type": "text", "text": text or ""}, *pictures] if pictures else text
+    if not pictures:
+        return text
+    return [{"type": "text", "text": text or ""}, *pictures]
+
+
+def _openai_call(call: object, number: str) -> Dict[str, Any]:
+    """A tool call, under the number that its result is going to name."""
+    function = dict_of(dict_of(call).get("function"))
+    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
+    asked = {"name": function.get("name"), "arguments": arguments}
+    return {"id": number, "type": "function", "function": asked}
 
 
 def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
@@ -10282,16 +10373,11 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
             continue
         content = _with_pictures(message.get("content"), message.get("images"))
         new = {"role": message.get("role"), "content": content}
-        calls: List[Dict[str, Any]] = []
-        for call in _list_of(message.get("tool_calls")):
-            function = dict_of(dict_of(call).get("function"))
-            number = f"call_{len(made)}_{len(calls)}"
-            arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-            calls.append({"id": number, "type": "function", "function": {
-                "name": function.get("name"), "arguments": arguments}})
+        calls = [_openai_call(call, f"call_{len(made)}_{index}")
+                 for index, call in enumerate(_list_of(message.get("tool_calls")))]
         if calls:
             new["tool_calls"] = calls
-            open_calls = [str(call["id"]) for call in calls]
+            open_calls = [call["id"] for call in calls]
         if message.get("role") == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
@@ -10302,49 +10388,40 @@ def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
 
 def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     """The body of chat/completions that asks what one of /api/chat or /api/generate asks."""
-    messages = _list_of(values.get("messages"))
+    ask = values.get
+    messages = _list_of(ask("messages"))
     if generate:
-        prompt = {"role": "user", "content": values.get("prompt"), "images": values.get("images")}
-        messages = [prompt]
-        if values.get("system"):
-            messages.insert(0, {"role": "system", "content": values["system"]})
-    stream = wants_stream("/api/chat", values)
-    body: Dict[str, Any] = {"model": values.get("model"), "messages": _openai_messages(messages),
-                            "stream": stream}
-    if stream:
+        messages = [{"role": "user", "content": ask("prompt"), "images": ask("images")}]
+        if ask("system"):
+            messages.insert(0, {"role": "system", "content": ask("system")})
+    body: Dict[str, Any] = {
+        "model": ask("model"),
+        "messages": _openai_messages(messages),
+        "stream": ask("stream") is not False,   # a stream, unless it says otherwise
+    }
+    if body["stream"]:
         body["stream_options"] = {"include_usage": True}
-    if values.get("tools"):
-        body["tools"] = values["tools"]
-    options = dict_of(values.get("options"))
-    body.update((key, options[key]) for key in _OLLAMA_OPTIONS if key in options)
+    if ask("tools"):
+        body["tools"] = ask("tools")
+    options = dict_of(ask("options"))
+    for key in _OLLAMA_OPTIONS:
+        if key in options:
+            body[key] = options[key]
     most = options.get("num_predict")
     if isinstance(most, int) and most > 0:
         body["max_tokens"] = most
-    if isinstance(values.get("format"), dict):
-        body["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "answer", "schema": values["format"]}}
-    elif values.get("format") == "json":
+    shape = ask("format")
+    if isinstance(shape, dict):
+        schema = {"name": "answer", "schema": shape}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif shape == "json":
         body["response_format"] = {"type": "json_object"}
-    think = values.get("think")
-    if isinstance(think, str):
+    think = ask("think")
+    if isinstance(think, str):                  # low, medium or high
         body["reasoning_effort"] = think
     elif isinstance(think, bool):
         body["chat_template_kwargs"] = {"enable_thinking": think}
     return body
-
-
-def openai_embeddings(values: Mapping[str, Any]) -> Dict[str, Any]:
-    """The body of embeddings that asks what one of /api/embed or /api/embeddings asks."""
-    return {"model": values.get("model"), "input": values.get("input", values.get("prompt"))}
-
-
-def wants_stream(path: str, values: Mapping[str, Any]) -> bool:
-    """Whether an answer of Ollama's API is a stream: it is, unless it says otherwise."""
-    return path in ("/api/chat", "/api/generate") and values.get("stream") is not False
-
-
-def _created_at() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _json_line(value: Mapping[str, Any]) -> bytes:
@@ -10354,9 +10431,12 @@ def _json_line(value: Mapping[str, Any]) -> bytes:
 class OllamaAnswer(Translation):
     """An answer of OpenAI's API on its way to a client of Ollama's."""
 
+    content_type = b"application/json"
+
     def __init__(self, path: str, model: str, stream: bool) -> None:
         self._path, self._model, self._stream = path, model, stream
-        self.content_type = b"application/x-ndjson" if stream else b"application/json"
+        if stream:
+            self.content_type = b"application/x-ndjson"
         self._status = 200
         self._held = bytearray()                # a line that is not whole, or the whole body
         self._calls: Dict[int, Dict[str, str]] = {}
@@ -10374,30 +10454,32 @@ class OllamaAnswer(Translation):
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
-        whole = self._status >= 400 or not self._stream
-        if whole and not last:
-            return b""
-        if self._status >= 400:
-            return _json_line({"error": said_error(self._held.decode("utf-8", "replace"))})
-        if whole:
-            return self._whole()
+        failed = self._status >= 400
+        if failed or not self._stream:
+            if not last:
+                return b""
+            if not failed:
+                return self._whole()
+            text = self._held.decode("utf-8", "replace")
+            return _json_line({"error": said_error(text)})
         *lines, rest = bytes(self._held).split(b"\n")
         self._held = bytearray(rest)
-        out = b"".join(self._event(line[5:]) for line in lines if line.startswith(b"data:"))
+        events = [line[5:] for line in lines if line.startswith(b"data:")]
+        out = b"".join(map(self._event, events))
         if last and not self._failed:
+            # Ollama's clients take a call whole; here they come in pieces, up to the end.
             if self._calls:
                 out += self._line("", "", self._made_calls())
-            out += _json_line(self._end({}))
+            out += _json_line(self._end(self._row("")))
         return out
 
     def _event(self, data: bytes) -> bytes:
         """What one event of the stream becomes."""
         value = parse_json_object(data)
-        if value.get("error"):
+        error = value.get("error")
+        if error:
             self._failed = True
-            error = value["error"]
-            words = error.get("message") if isinstance(error, dict) else error
-            return _json_line({"error": str(words)})
+            return _json_line({"error": str(dict_of(error).get("message") or error)})
         if value.get("usage") or value.get("timings"):
             self._said = bytearray(data)
         choice = _first_choice(value)
@@ -10406,27 +10488,34 @@ class OllamaAnswer(Translation):
         for call in _list_of(delta.get("tool_calls")):
             self._add_call(call)
         content, thinking = delta.get("content"), delta.get("reasoning_content")
-        return self._line(content or "", thinking or "") if content or thinking else b""
+        if not content and not thinking:
+            return b""
+        return self._line(content or "", thinking or "")
 
     def _add_call(self, call: object, index: int = 0) -> None:
         """A tool call, or the next piece of one."""
         call = dict_of(call)
         function = dict_of(call.get("function"))
-        number = call.get("index", index)
-        number = number if isinstance(number, int) else index
-        known = self._calls.setdefault(number, {"name": "", "arguments": ""})
+        if isinstance(call.get("index"), int):
+            index = call["index"]
+        known = self._calls.setdefault(index, {"name": "", "arguments": ""})
         for key in known:
             known[key] += str(function.get(key) or "")
 
     def _made_calls(self) -> List[Dict[str, Any]]:
-        return [{"function": {"name": call["name"],
-                              "arguments": parse_json_object(call["arguments"].encode())}}
-                for _, call in sorted(self._calls.items())]
+        made = []
+        for _, call in sorted(self._calls.items()):
+            arguments = parse_json_object(call["arguments"].encode())
+            made.append({"function": {"name": call["name"], "arguments": arguments}})
+        return made
 
     def _row(self, content: str, thinking: str = "",
              calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
-        row: Dict[str, Any] = {"model": self._model, "created_at": _created_at()}
-        more: Dict[str, Any] = {"thinking": thinking} if thinking else {}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        row = {"model": self._model, "created_at": created}
+        more: Dict[str, Any] = {}
+        if thinking:
+            more["thinking"] = thinking
         if calls:
             more["tool_calls"] = list(calls)
         if self._path == "/api/generate":
@@ -10439,51 +10528,62 @@ class OllamaAnswer(Translation):
     def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
         counts = tokens_said(bytes(self._said))
-        took = int((time.monotonic() - self._began) * 1e9)
-        read = counts.prompt - counts.cached
+        reason = "length" if self._reason == "length" else "stop"
+        # Where a rate is not known, a duration of next to nothing.
+        read_s = (counts.prompt - counts.cached) / (counts.read_per_s or 1e9)
+        written_s = counts.output / (counts.written_per_s or 1e9)
         return {
-            **(row or self._row("")), "done": True,
-            "done_reason": "length" if self._reason == "length" else "stop",
-            "total_duration": took, "load_duration": 0, "prompt_eval_count": counts.prompt,
-            "prompt_eval_duration": int(read / (counts.read_per_s or 1e9) * 1e9),
+            **row, "done": True, "done_reason": reason,
+            "total_duration": int((time.monotonic() - self._began) * 1e9),
+            "load_duration": 0,
+            "prompt_eval_count": counts.prompt,
+            "prompt_eval_duration": int(read_s * 1e9),
             "eval_count": counts.output,
-            "eval_duration": int(counts.output / (counts.written_per_s or 1e9) * 1e9)}
+            "eval_duration": int(written_s * 1e9)}
 
     def _whole(self) -> bytes:
         """An answer that is no stream."""
         self._said = self._held
         value = parse_json_object(bytes(self._held))
-        if self._path in ("/api/embed", "/api/embeddings"):
+        if _OLLAMA_ASKS[self._path] == "/v1/embeddings":
             return self._vectors(value)
         choice = _first_choice(value)
         message = dict_of(choice.get("message"))
         self._reason = choice.get("finish_reason") or "stop"
         for index, call in enumerate(_list_of(message.get("tool_calls"))):
             self._add_call(call, index)
-        row = self._row(message.get("content") or "", message.get("reasoning_content") or "",
-                        self._made_calls())
+        content = message.get("content") or ""
+        thinking = message.get("reasoning_content") or ""
+        row = self._row(content, thinking, self._made_calls())
         return _json_line(self._end(row))
 
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
         vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
         if self._path == "/api/embeddings":
-            return _json_line({"embedding": vectors[0] if vectors else []})
+            return _json_line({"embedding": next(iter(vectors), [])})
+        tokens = tokens_said(bytes(self._said)).prompt
         return _json_line({"model": self._model, "embeddings": vectors,
-                           "prompt_eval_count": tokens_said(bytes(self._said)).prompt})
+                           "prompt_eval_count": tokens})
 
 
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama lists a model."""
-    own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     import hashlib
+    own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     name = str(entry.get("id"))
-    digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()    # ollama cuts it short
-    return {"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z",
-            "size": int(float(own.get("size_gb") or 0) * 1e9), "digest": digest,
-            "capabilities": entry.get("capabilities") or ["completion"],
-            "details": {"parent_model": "", "format": "gguf", "family": "llmstack",
-                        "families": ["llmstack"], "parameter_size": "",
-                        "quantization_level": str(own.get("quant") or "")}}
+    details = {"parent_model": "", "format": "gguf", "family": "llmstack",
+               "families": ["llmstack"], "parameter_size": "",
+               "quantization_level": str(own.get("quant") or "")}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": "1970-01-01T00:00:00Z",
+        "size": int(float(own.get("size_gb") or 0) * 1e9),
+        # Any digest will do: `ollama list` shows the first twelve characters of it.
+        "digest": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(),
+        "capabilities": entry.get("capabilities") or ["completion"],
+        "details": details,
+    }
 
 
 def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10491,17 +10591,27 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
     context = entry.get("context_length") or 0
     model = ollama_model(entry)
     info = {"general.architecture": "llmstack", "llmstack.context_length": context}
+    same = {key: model[key] for key in ("details", "modified_at", "capabilities")}
     return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
-            "details": model["details"], "model_info": info,
-            "modified_at": model["modified_at"], "capabilities": model["capabilities"]}
+            "model_info": info, **same}
 
 
 # ==================================================================================================
 # ROUTER
 # ==================================================================================================
-# Who may ask, which tier answers, and what becomes of it where that fails: RouterApp.answer sorts
-# the paths, _ask_ladder has the whole way of an `auto` request, _ask_named that of a tier's own
-# name. What is behind it is a Behind with leases; nothing here knows which engine that is.
+# Who may ask, which tier answers, and what becomes of it where that fails. RouterApp.answer sorts
+# the paths; what is behind it is a Behind with leases, and nothing here knows which engine that is.
+#
+# RouterApp answers on the threads of its Server's connections; every_second() runs on the main
+# thread. What they share is a Snapshot, which is replaced whole, and objects with locks of their
+# own (Conversations, Events, Recorder) or dicts of which each step is atomic (Breaker, _ongoing).
+#
+# An inference request becomes an Asked. One for a tier's name goes to that tier, come what may; one
+# for `auto` gets a Decision, and its chain of tiers is asked in turn (Descent), as long as nothing
+# has reached the client: judge() says during a try whether another tier may do better, settle()
+# behind it whether one is asked. Each try is a lease's (ask_lease), which waits, relays and gives
+# the place back. However it ends, _finish tells the client and the log, and _note the record, the
+# events and the conversation. The router writes no file but the record and the logs.
 
 
 class Breaker:
@@ -10515,10 +10625,13 @@ class Breaker:
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
         """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
-        if growing and self._down.get(tier, (0.0, ""))[0] <= now:
-            self._strikes[tier] = min(self._strikes.get(tier, 0) + 1, 8)
-        doubled = 2 ** max(self._strikes.get(tier, 0) - 1, 0)
-        seconds = seconds or BREAKER_S * doubled
+        strikes = self._strikes.get(tier, 0)
+        until, _ = self._down.get(tier, (0.0, ""))
+        if growing and until <= now:            # not of requests that were under way together
+            strikes = min(strikes + 1, 8)
+            self._strikes[tier] = strikes
+        if not seconds:
+            seconds = BREAKER_S * 2 ** max(strikes - 1, 0)
         self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
 
     def answered(self, tier: str) -> None:
@@ -10609,10 +10722,11 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | request.words
-    kept = tuple(h for h in request.headers if h[0] not in drop)
+    kept = [h for h in request.headers if h[0] not in drop]
+    headers = (*kept, *route.headers, UNCOMPRESSED)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return uncompressed(request._replace(headers=(*kept, *route.headers))), target
+    return request._replace(headers=headers), target
 
 
 def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
@@ -10650,11 +10764,7 @@ def _asked_in(target: str) -> str:
     return parse_qs(query).get("model", [""])[0]
 
 
-def _as_json(request: Request) -> Request:
-    """The request with a Content-Type that says what it is."""
-    others = tuple(h for h in request.headers if h[0] != b"content-type")
-    ours = (b"content-type", b"application/json", b"Content-Type: application/json")
-    return request._replace(headers=(*others, ours))
+_AS_JSON = (b"content-type", b"application/json", b"Content-Type: application/json")
 
 
 class Asked:
@@ -10681,6 +10791,9 @@ class Asked:
         self.conversation, self.thread = conversation_keys(request.fields, values)
         self.known = NEW_CONVERSATION           # by the answers to its earlier turns
         self.segments: Segments = ()            # of its prompt, once its model is at work
+        self.texts: Sequence[str] = ()          # of its prompt, until they are estimated
+        self.estimate = 0                       # its tokens by class_tokens, 0: not asked yet
+        self.loop = False                       # it brings back what a tool has said
         self.leaving = STAYS
 
     def look_at_prompt(self) -> bytes:
@@ -10702,46 +10815,77 @@ class Asked:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
         self.body = b""
         self.values = {}
+        self.texts = ()
 
     def row(self, number: int) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
-        lease, stage, share = self.lease, "", 0.0
-        if lease is not None:
-            stage = lease.stage()
-        if not stage and not self.body:         # let go of when the answer begins
-            stage = "writing"
-        if not stage:
-            stage = "reading the prompt"
-            share = lease.prompt_read() if lease is not None else 0.0
-        seconds = round(time.monotonic() - self.began_s, 1)
-        return {"id": number, "model": str(self.model or "auto"),
-                "tier": self.tier, "path": self.path, "stream": self.stream,
-                "stage": stage + percent_words(share), "since_s": seconds}
+        return {
+            "id": number,
+            "model": str(self.model or "auto"),
+            "tier": self.tier,
+            "path": self.path,
+            "stream": self.stream,
+            "stage": self._stage(),
+            "since_s": round(time.monotonic() - self.began_s, 1),
+        }
+
+    def _stage(self) -> str:
+        """What it waits for, in words."""
+        stage = self.lease.stage() if self.lease else ""
+        if stage:
+            return stage
+        if not self.body:                       # let go of when the answer begins
+            return "writing"
+        share = self.lease.prompt_read() if self.lease else 0.0
+        return "reading the prompt" + percent_words(share)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
     names = ["auto", *(tier.name for tier in config.offered)]
-    known = [*names, *(alias for tier in config.offered for alias in tier.aliases)]
-    near = _did_you_mean(str(model), known)
-    return HttpError(404, f"there is no model {str(model)[:200]!r}{near or '.'} The models here are"
+    aliases = [alias for tier in config.offered for alias in tier.aliases]
+    asked = str(model)
+    near = _did_you_mean(asked, [*names, *aliases]) or "."
+    return HttpError(404, f"there is no model {asked[:200]!r}{near} The models here are"
                           f" {', '.join(names)}", "not_found")
+
+
+def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
+                     reason: str = "") -> bytes:
+    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
+    reason = reason or decision.reason
+    lines = (f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\n"
+             f"X-LLMStack-Reason: {reason}\r\n")
+    facts = decision.facts
+    if facts.classes:                           # the bounds did not decide: which number did
+        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
+    if fallbacks:
+        lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
+    return lines.encode("utf-8")
+
+
+def leaving_header(leaving: Leaving, tier: str) -> bytes:
+    """The line that says what it costs to go on elsewhere; b"" for a conversation that stays."""
+    if leaving.tier in ("", tier):
+        return b""
+    return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
 
 
 class Descent:
     """The way of one `auto` request down the ladder, as its tiers fail."""
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
-                 learn: Callable[[int], None]) -> None:
-        self.decision, self._snapshot, self._breaker = decision, snapshot, breaker
-        self._learn = learn
-        self._left = list(decision.chain)
-        self._tried: Set[str] = set()
-        self.asked = asked
-        self.fallbacks: List[str] = []
-        self.tier = self._left.pop(0)
-        self._tried.add(self.tier.name)
+                 conversations: Conversations) -> None:
+        self.asked, self.decision, self._snapshot = asked, decision, snapshot
+        self._breaker, self._conversations = breaker, conversations
+        self.tier, *self._left = decision.chain
+        self._tried = {self.tier.name}
         self._own_fault = False
+        self.fallbacks: List[str] = []
+
+    @functools.cached_property
+    def reason(self) -> str:
+        return self.decision.reason
 
     @property
     def route(self) -> Route:
@@ -10751,47 +10895,62 @@ class Descent:
         """Ask these before the others, once the first has had its chance."""
         self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
 
+    def headers(self) -> bytes:
+        """The lines that an answer of the present tier gets.
+
+        They are made while the model is at work, as is what the answer's counts are compared with.
+        """
+        asked, decision, name = self.asked, self.decision, self.tier.name
+        asked.look_at_prompt()
+        if not asked.estimate and decision.facts.most_tokens >= WORTH_LEARNING_TOKENS:
+            asked.estimate = class_tokens(asked.texts)
+        asked.texts = ()
+        lines = decision_headers(decision, name, self.fallbacks, self.reason)
+        return lines + leaving_header(asked.leaving, name)
+
+    def learn(self, truth: int) -> None:
+        """Keep how many tokens the prompt really has, by an answer or a refusal."""
+        if truth >= WORTH_LEARNING_TOKENS:
+            self._conversations.learn(self.asked.conversation, self.asked.estimate, truth)
+
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
         need = prompt_tokens_said(status, text)
         self._own_fault = bool(need) or own_fault(status, text)
         if need:
-            self._learn(need)
+            self.learn(need)
             self._left = self._holding(need)
-        elif self._own_fault:
-            if pictures_refused(text):
-                self._left = [t for t in self._left if t.takes_pictures]
-            else:
-                self._left = []
-        elif not falls_through(status, self.route.hosted):
-            return False
+        elif self._own_fault and pictures_refused(text):
+            self._left = [t for t in self._left if t.takes_pictures]
+        elif self._own_fault or not falls_through(status, self.route.hosted):
+            self._left = []
         return bool(self._left)
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        decision = self.decision
-        down = {*decision.down, *self._snapshot.barred}
-        order = [t for t in decision.preference if t.name not in self._tried]
-        holds = [t for t in order if tokens + output_reserve(decision.facts, t) <= t.ctx_size]
+        facts, down = self.decision.facts, self.decision.down
+        holds = []
+        for tier in self.decision.preference:
+            needed = tokens + output_reserve(facts, tier)
+            if tier.name not in self._tried and needed <= tier.ctx_size:
+                holds.append(tier)
         return [t for t in holds if t.name not in down] or holds[:1]
 
     def settle(self, outcome: Outcome) -> bool:
         """Note how the try ended; True when the next tier is to be asked."""
-        name, route = self.tier.name, self.route
-        host = route.host
-        self._note(outcome, name, route, host)
+        self._note(outcome)
         if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
             return False
-        following = self._left.pop(0)
-        why = str(outcome.status or outcome.detail)
-        self.fallbacks.append(f"{name}\u2192{following.name} ({why})")
-        self.tier = following
-        self._tried.add(following.name)
+        failed, self.tier = self.tier.name, self._left.pop(0)
+        why = outcome.status or outcome.detail
+        self.fallbacks.append(f"{failed}\u2192{self.tier.name} ({why})")
+        self._tried.add(self.tier.name)
         self._own_fault = False
         return True
 
-    def _note(self, outcome: Outcome, name: str, route: Route, host: Optional[Host]) -> None:
+    def _note(self, outcome: Outcome) -> None:
         """Hold a failure against the tier, or forget what was held."""
+        name, route = self.tier.name, self.route
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         elif outcome.state == "broken":
@@ -10799,10 +10958,11 @@ class Descent:
         elif outcome.state == "failed":
             self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
         elif outcome.state == "unreachable":
+            host = route.host
             if host is not None and not host.offline:       # it took the connection
                 self._breaker.trip(name, outcome.detail, growing=True)
         elif self._own_fault or not falls_through(outcome.status, route.hosted):
-            if route.hosted:
+            if route.hosted:                    # it works: the request is at fault
                 self._breaker.answered(name)
         else:
             self._breaker.trip(name, f"answered {outcome.status} a moment ago",
@@ -10836,18 +10996,21 @@ class RouterApp(App):
                  setting: Optional[Setting] = None) -> None:
         self.log, self.behind = log, behind
         self._given = setting or Setting()
+        behind.remedy = self._given.remedy
         self._breaker = Breaker(self._given.clock)
         self._conversations = Conversations()
         self._record = self._given.record
         self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
-        name = socket.gethostname().lower()     # in a container or an editor, it may stand for us
-        self._own_names = (name, name.partition(".")[0] + ".local", *CONTAINER_HOSTS)
+        # In a container or an editor, the machine's name may stand for us.
+        name = socket.gethostname().lower()
+        in_lan = name.partition(".")[0] + ".local"
+        self._own_names = (name, in_lan, *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
-        self._read_last = self._ini_digest()
+        self._read_last = self._ini_digest()    # of models.ini, as it was read last
         self.events = Events()
         self.events.sources.append(self.look)
         self._last_rotation = time.monotonic()
@@ -10882,19 +11045,22 @@ class RouterApp(App):
     def _adopt(self, asked: Config, known: Mapping[str, Host],
                served: Mapping[str, int]) -> Snapshot:
         """Work out what a configuration means, once: a request only looks it up."""
+        given = self._given
         config = with_served_contexts(asked, served)
-        missing = missing_credentials(config, self._given.env)
+        missing = missing_credentials(config, given.env)
         hosts: Dict[str, Host] = {}
         routes: Dict[str, Route] = {}
         for tier in config.tiers:
             route = plan_route(tier, config, missing)
             if tier.backend == "openai":
                 url = tier.base_url
-                host = hosts.get(url) or known.get(url) or self._host(url)
-                hosts[url] = host
-                route = self._to_host(route, host)
-            routes.update(dict.fromkeys(tier.names, route))
-        barred = {**self._given.unserved(config), **missing}
+                if url not in hosts:
+                    # A host goes on with its connections, and with what it knows of the network.
+                    hosts[url] = known.get(url) or self._host(url)
+                route = self._to_host(route, hosts[url])
+            for name in tier.names:
+                routes[name] = route
+        barred = {**given.unserved(config), **missing}
         names = (*config.allowed_hosts, *self._own_names)
         return Snapshot(config, routes, hosts, barred, asked, served, names)
 
@@ -10908,8 +11074,9 @@ class RouterApp(App):
         variable = route.tier.api_key_env
         headers: Tuple[Header, ...] = ()
         if variable:
-            key = b"Bearer " + self._given.env.get(variable, "").strip().encode("ascii", "ignore")
-            headers = ((b"authorization", key, b"Authorization: " + key),)
+            key = self._given.env.get(variable, "").strip()
+            value = b"Bearer " + key.encode("ascii", "ignore")
+            headers = ((b"authorization", value, b"Authorization: " + value),)
         bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
         return route._replace(host=host, headers=headers, bare=bare)
 
@@ -10923,6 +11090,7 @@ class RouterApp(App):
         served = self.behind.contexts()
         if served != now.served:                # a model has been loaded for the first time
             self._snapshot = self._adopt(now.asked, now.hosts, served)
+        # Hosts are found again without a request that would have to wait for that.
         for host in now.hosts.values():
             host.look_again()
             host.close_idle()
@@ -10940,7 +11108,9 @@ class RouterApp(App):
 
     def answer(self, client: Client, request: Request) -> None:
         path, mark, query = request.target.partition("?")
-        inference = inference_path(path) if request.method == "POST" else ""
+        inference = ""
+        if request.method == "POST":
+            inference = inference_path(path)
         client.protocol = inference or ollama_path(path)
         now = self._snapshot
         check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
@@ -10955,7 +11125,8 @@ class RouterApp(App):
             drop = drop | self._check_key(request)
         if inference:
             target = inference + mark + query
-            self._infer(client, self._read_asked(client, request, inference, target, drop))
+            asked = self._read_asked(client, request, inference, target, drop)
+            self._infer(client, asked)
         elif client.protocol:
             self._answer_ollama(client, request, client.protocol, drop)
         elif not self._answer_ourselves(client, request, path, drop):
@@ -10964,34 +11135,33 @@ class RouterApp(App):
     def _answer_ourselves(self, client: Client, request: Request, path: str,
                           drop: FrozenSet[bytes]) -> bool:
         """Answer what the router knows itself; False for any other path."""
-        read = request.method in ("GET", "HEAD")
+        read, post = request.method in ("GET", "HEAD"), request.method == "POST"
+        told: Dict[str, Callable[[], Any]] = {
+            "/llmstack/snapshot": self.events.snapshot,
+            "/llmstack/state": self.state,
+            "/llmstack/memory": self.behind.memory,
+            "/llmstack/requests": self.requests,
+        }
         models = _MODELS_PATH.match(path) if read else None
         if path == "/llmstack/events" and request.method == "GET":
             self.events.listen(client, request)
         elif request.target == "/metrics" and read:     # with a query it is a model's own
             text = self.events.counters.render(self._gauges())
             client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
-        elif read and path == "/llmstack/snapshot":
-            text = json.dumps(self.events.snapshot(), ensure_ascii=False)
-            client.reply(200, text.encode())
-        elif request.method == "POST" and _ACTION.match(path):
-            self._act(client, request, path, drop)
+        elif read and path in told:
+            client.reply_json(told[path]())
         elif read and path == "/models.ini":
             self._models_ini_text(client)
         elif models is not None:
-            self._models(client, request, unquoted(models.group(1) or ""), drop)
-        elif request.method == "GET" and path == "/llmstack/state":
-            client.reply(200, json.dumps(self.state(), ensure_ascii=False).encode())
-        elif request.method == "GET" and path == "/llmstack/memory":
-            client.reply(200, json.dumps(self.behind.memory(), ensure_ascii=False).encode())
-        elif request.method == "GET" and path == "/llmstack/requests":
-            rows = {"requests": self.requests()}
-            client.reply(200, json.dumps(rows, ensure_ascii=False).encode())
-        elif request.method == "POST" and path == "/llmstack/reload":
+            name = unquoted(models.group(1) or "")
+            self._models(client, request, name, drop)
+        elif post and _ACTION.match(path):
+            self._act(client, request, path, drop)
+        elif post and path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
             answer = {"ok": not problem, "problem": problem}
-            client.reply(409 if problem else 200, json.dumps(answer, ensure_ascii=False).encode())
+            client.reply_json(answer, 409 if problem else 200)
         else:
             return False
         return True
@@ -11002,8 +11172,8 @@ class RouterApp(App):
         if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
             client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
             return
-        text = json.dumps({"name": "llmstack", "api": "/v1", "models": "/v1/models"})
-        client.reply(200, text.encode(), extra=b"Vary: Accept\r\n")
+        where = {"name": "llmstack", "api": "/v1", "models": "/v1/models"}
+        client.reply_json(where, extra=b"Vary: Accept\r\n")
 
     def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
         """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
@@ -11016,8 +11186,9 @@ class RouterApp(App):
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            ongoing[0].give_way()               # it ends as if its client had left
-            client.reply(200, b'{"ok": true}')
+            its_client, _ = ongoing
+            its_client.give_way()               # it ends as if its client had left
+            client.reply_json({"ok": True})
             return
         tier = self.config.by_name(name)
         if tier is None:
@@ -11028,7 +11199,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop, self._given.remedy)
+        self.behind.pass_on(client, wanted, b"", drop)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -11040,15 +11211,17 @@ class RouterApp(App):
             name = values.get("model")
         else:
             place = form_model(request.header(b"content-type"), body)
-            name = str(body[place[0]:place[1]], "utf-8", "replace").strip()
-            name = name or _asked_in(request.target)
+            start, end = place
+            in_form = str(body[start:end], "utf-8", "replace").strip()
+            name = in_form or _asked_in(request.target)
             values = {"model": name}
-        tier = ""
-        if isinstance(name, str) and not is_auto(name) and not path.startswith("/upstream/"):
+        route: Optional[Route] = None
+        named = isinstance(name, str) and not is_auto(name)
+        if named and not path.startswith("/upstream/"):     # that names its model in its path
             tier = self._resolve(request, name, drop)
-        route = self._snapshot.routes.get(tier)
+            route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop, self._given.remedy)
+            self.behind.pass_on(client, request, body, drop)
             return
         target = request.target
         if route.host is None:
@@ -11060,14 +11233,14 @@ class RouterApp(App):
     def _check_key(self, request: Request) -> FrozenSet[bytes]:
         """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
         import hmac
-        ours = set()
-        for name in (b"authorization", b"x-api-key"):
-            offered = request.header(name)
-            if name == b"authorization":
-                scheme, _, rest = offered.partition(" ")
-                offered = rest.strip() if scheme.lower() == "bearer" else ""
-            if hmac.compare_digest(offered.encode("latin-1"), self._given.key.encode()):
-                ours.add(name)
+        scheme, _, token = request.header(b"authorization").partition(" ")
+        offered = {b"x-api-key": request.header(b"x-api-key")}
+        if scheme.lower() == "bearer":
+            offered[b"authorization"] = token.strip()
+        key = self._given.key.encode()
+        # compare_digest takes as long for a wrong key, however much of it is right.
+        ours = [name for name, value in offered.items()
+                if hmac.compare_digest(value.encode("latin-1"), key)]
         if not ours:
             raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
                                  " x-api-key", "authentication_error")
@@ -11075,7 +11248,6 @@ class RouterApp(App):
 
     def _models_ini_text(self, client: Client) -> None:
         """models.ini as it is on the disk now, or as bundled where there is no project."""
-        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         try:
             text = read_regular(self._given.models_ini, MAX_INI_BYTES)
         except OSError:
@@ -11086,6 +11258,7 @@ class RouterApp(App):
         if holds_secret(text.decode("utf-8", "replace")):
             raise HttpError(404, "models.ini holds what looks like a key and is not served;"
                                  " `llmstack reload` names the line", "not_found")
+        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
         client.reply(200, text, "text/plain; charset=utf-8", pid)
 
     def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
@@ -11102,41 +11275,50 @@ class RouterApp(App):
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
         answer = self._listing(request, drop)
-        entries = answer["data"]
         anthropic = b"anthropic-version" in request.fields
         if name:
-            answer = self._one_model(entries, name)
-            answer = anthropic_model(answer) if anthropic else answer
+            answer = self._one_model(answer["data"], name)
+            if anthropic:
+                answer = anthropic_model(answer)
         elif anthropic:
-            answer = anthropic_models(entries)
-        client.reply(200, json.dumps(answer, ensure_ascii=False).encode())
+            answer = anthropic_models(answer["data"])
+        client.reply_json(answer)
 
     def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
         """The entry of what a name means, under that name. Errors: HttpError 404."""
         by_id = {str(entry.get("id")): entry for entry in entries}
-        entry = by_id.get(name) or by_id.get(resolve_name(self.config, name))
-        if entry is None:
-            raise unknown_model(self.config, name)
-        return {**entry, "id": name}
+        for known in (name, resolve_name(self.config, name)):
+            if known in by_id:
+                return {**by_id[known], "id": name}
+        raise unknown_model(self.config, name)
 
     def _offline(self) -> Dict[str, str]:
         """Tiers whose host cannot be reached, with the reason."""
-        return {r.tier.name: r.host.why() for r in self._snapshot.routes.values()
-                if r.host is not None and r.host.offline}
+        found = {}
+        for route in self._snapshot.routes.values():
+            host = route.host
+            if host is not None and host.offline:
+                found[route.tier.name] = host.why()
+        return found
 
     def state(self) -> Dict[str, Dict[str, str]]:
         """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
-        routes = self._snapshot.routes.values()
-        found = {r.tier.name: ("available", "") for r in routes if r.hosted}
-        found.update((t, ("failing", why)) for t, why in self._breaker.down().items())
-        found.update((t, ("offline", why)) for t, why in self._offline().items())
-        found.update((t, ("not served", why)) for t, why in self._snapshot.barred.items())
-        for route in routes:
+        now = self._snapshot
+        found = {}
+        for route in now.routes.values():
+            if route.hosted:
+                found[route.tier.name] = {"state": "available", "reason": ""}
+        # What stands further down counts for more.
+        for state, tiers in (("failing", self._breaker.down()), ("offline", self._offline()),
+                             ("not served", now.barred)):
+            for name, why in tiers.items():
+                found[name] = {"state": state, "reason": why}
+        for route in now.routes.values():
             status, why, _ = route.refused
             if status:
                 state = "local_only" if status == 403 else "no credential"
-                found[route.tier.name] = (state, why)
-        return {name: {"state": state, "reason": why} for name, (state, why) in found.items()}
+                found[route.tier.name] = {"state": state, "reason": why}
+        return found
 
     # ---- for those who look on
 
@@ -11146,30 +11328,48 @@ class RouterApp(App):
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
         tiers = tuple(map(as_loaded, self._snapshot.asked.tiers))
-        changed = self._ini_digest() != self._read_last or tiers != self._started_with
-        return {"version": VERSION, "started": round(self._started), "changed": changed,
-                "local_only": self.config.local_only}
+        unread = self._ini_digest() != self._read_last
+        return {
+            "version": VERSION,
+            "started": round(self._started),
+            "changed": unread or tiers != self._started_with,
+            "local_only": self.config.local_only,
+        }
 
     def look(self) -> Dict[str, Any]:
         """The router's parts of a snapshot."""
         watched = self.behind.watched()
-        models = watched.get("models", {})
-        taken = sum(row.get("bytes", 0) for row in models.values() if row["state"] in IN_MEMORY)
-        parked = watched.get("parked", [])
-        memory = {"budget": watched.get("budget", 0), "resident": taken,
-                  "parked": sum(row["bytes"] for row in parked),
-                  "pressure": watched.get("pressure", "")}
-        return {"about": self._about(), "tiers": self._tier_rows(models), "memory": memory,
-                "parked": parked, "requests": self._under_way()}
+        models, parked = watched.get("models", {}), watched.get("parked", [])
+        in_memory = [row for row in models.values() if row["state"] in IN_MEMORY]
+        memory = {
+            "budget": watched.get("budget", 0),
+            "resident": sum(row.get("bytes", 0) for row in in_memory),
+            "parked": sum(row["bytes"] for row in parked),
+            "pressure": watched.get("pressure", ""),
+        }
+        return {
+            "about": self._about(),
+            "tiers": self._tier_rows(models),
+            "memory": memory,
+            "parked": parked,
+            "requests": self._under_way(),
+        }
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
         told, rows = self.state(), []
         for tier in self.config.tiers:
-            mark = told.get(tier.name, {"state": "unknown", "reason": ""})
-            row = {"name": tier.name, "role": tier.role, "backend": tier.backend,
-                   "ctx_size": tier.ctx_size, "per_s": self.events.rates.get(tier.name, 0.0),
-                   **mark, **models.get(tier.name, {})}
+            name = tier.name
+            mark = told.get(name, {"state": "unknown", "reason": ""})
+            row = {
+                "name": name,
+                "role": tier.role,
+                "backend": tier.backend,
+                "ctx_size": tier.ctx_size,
+                "per_s": self.events.rates.get(name, 0.0),
+                **mark,
+                **models.get(name, {}),
+            }
             row["reason"] = row["reason"] or mark["reason"]
             if tier.backend == "litellm" and row["state"] == "available":
                 row["state"] = models.get(PROXY, row)["state"]
@@ -11193,9 +11393,10 @@ class RouterApp(App):
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
             ("llmstack_connections", ()): self.server.connections() if self.server else 0}
+        memory = state["memory"]
         for kind in ("budget", "resident"):
-            samples["llmstack_memory_bytes", (kind,)] = state["memory"][kind]
-        samples["llmstack_parked_bytes", ()] = state["memory"]["parked"]
+            samples["llmstack_memory_bytes", (kind,)] = memory[kind]
+        samples["llmstack_parked_bytes", ()] = memory["parked"]
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -11211,35 +11412,42 @@ class RouterApp(App):
         """Answer a path of Ollama's API. Errors: HttpError, ClientGone."""
         request, body = read_decoded(client, request)
         if path == "/api/version":
-            answer: Dict[str, Any] = {"version": OLLAMA_VERSION}
-        elif path in ("/api/tags", "/api/ps"):
+            client.reply_json({"version": OLLAMA_VERSION})
+            return
+        if path in ("/api/tags", "/api/ps"):
             entries = self._listing(request, drop)["data"]
             if path == "/api/ps":
                 entries = [e for e in entries if "'loaded'" in str(e.get("status"))]
-            answer = {"models": [ollama_model(entry) for entry in entries]}
-        else:
-            values = read_object(body)
-            model = values.get("model") or values.get("name")
-            if path in _OLLAMA_ASKS:
-                self._ask_ollama(client, request, path, {**values, "model": model}, drop)
-                return
-            entry = self._one_model(self._listing(request, drop)["data"], str(model))
-            answer = ollama_show(entry) if path == "/api/show" else {"status": "success"}
-        client.reply(200, _json_line(answer))
+            client.reply_json({"models": [ollama_model(entry) for entry in entries]})
+            return
+        values = read_object(body)
+        model = values.get("model") or values.get("name")
+        if path in _OLLAMA_ASKS:
+            self._ask_ollama(client, request, path, {**values, "model": model}, drop)
+            return
+        entry = self._one_model(self._listing(request, drop)["data"], str(model))
+        if path == "/api/show":
+            client.reply_json(ollama_show(entry))
+        else:                                   # /api/pull: there is nothing to fetch
+            client.reply_json({"status": "success"})
 
     def _ask_ollama(self, client: Client, request: Request, path: str, values: Dict[str, Any],
                     drop: FrozenSet[bytes]) -> None:
         """Ask a model what a request of Ollama's API asks. Errors: HttpError, ClientGone."""
-        translation = OllamaAnswer(path, str(values["model"] or "auto"), wants_stream(path, values))
-        if path in ("/api/embed", "/api/embeddings"):
-            asks = openai_embeddings(values)
-        elif values.get("prompt") or values.get("messages"):
+        target = _OLLAMA_ASKS[path]
+        chats = target != "/v1/embeddings"
+        if chats:
             asks = openai_chat(values, path == "/api/generate")
-        else:                                   # `ollama run` asks to load it: its first words do
+        else:
+            texts = values.get("input", values.get("prompt"))
+            asks = {"model": values["model"], "input": texts}
+        stream = asks.get("stream", False)
+        translation = OllamaAnswer(path, str(values["model"] or "auto"), stream)
+        if chats and not (values.get("prompt") or values.get("messages")):
+            # `ollama run` asks for nothing to have the model loaded; its first words do that here.
             client.reply(200, translation.nothing(), translation.content_type.decode())
             return
-        target = _OLLAMA_ASKS[path]
-        request = uncompressed(_as_json(request))
+        request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
         body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
         asked = Asked(request, target, target, body, asks, drop)
         asked.translation = translation
@@ -11255,7 +11463,7 @@ class RouterApp(App):
             self._answer_asked(client, asked)
         except ClientGone:
             if asked.tier:
-                self.events.counters.add("llmstack_requests_total", asked.tier, "", "left")
+                self.events.counters.count_left(asked.tier)
             raise
         finally:
             del self._ongoing[number]
@@ -11267,9 +11475,9 @@ class RouterApp(App):
         request, body = read_decoded(client, request)
         values = read_object(body)
         if b"json" not in request.fields.get(b"content-type", b"").lower():
-            request = _as_json(request)         # curl -d says it is a form
+            request = with_header(request, _AS_JSON)   # curl -d says it is a form
         if values.get("stream") is True:
-            request = uncompressed(request)
+            request = with_header(request, UNCOMPRESSED)
         return Asked(request, path, target, body, values, drop)
 
     def _answer_asked(self, client: Client, asked: Asked) -> None:
@@ -11280,7 +11488,7 @@ class RouterApp(App):
             self._ask_named(client, asked, self._snapshot.routes[name])
         else:
             self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop, self._given.remedy)
+            self.behind.pass_on(client, asked.request, asked.body, asked.drop)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
@@ -11291,12 +11499,15 @@ class RouterApp(App):
             return name
         if is_auto(model) or tier_named(config, model):
             return name
+        # A model that is there comes before a pattern that would send it elsewhere.
         try:
             entries = self.behind.models(request, drop)["data"]
             theirs = [entry["id"] for entry in entries]
         except _NO_LISTING:
             return name
-        return "" if model in theirs else name
+        if model in theirs:
+            return ""
+        return name
 
     def _check_served(self, model: object, role: str = "") -> None:
         """Errors: HttpError 404, for a name that nothing behind us may know either."""
@@ -11309,19 +11520,20 @@ class RouterApp(App):
                                  " a model made for it, then `llmstack restart`", "not_found")
         raise unknown_model(config, model)
 
-    def requests(self) -> List[Dict[str, Any]]:
+    def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
-        return [asked.row(number) for number, (_, asked) in list(self._ongoing.items())]
+        ongoing = list(self._ongoing.items())
+        return {"requests": [asked.row(number) for number, (_, asked) in ongoing]}
 
     def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
-        facts: List[Facts] = []
+        facts: Optional[Facts] = None
         if asked.path in STREAM_ENDS:
             try:
-                facts.append(read_facts(asked.path, asked.values)._replace(texts=()))
-            except RecursionError:
+                facts = read_facts(asked.path, asked.values)._replace(texts=())
+            except RecursionError:              # the upstream may take it all the same
                 pass
         looks = asked.look_at_prompt if facts else None
         outcome = self._ask(client, asked, route, headers=looks)
@@ -11329,133 +11541,145 @@ class RouterApp(App):
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        for counted in facts:
-            self._note(asked, record_row(counted, asked.path, name, outcome), ())
+        if facts:
+            self._note(asked, record_row(facts, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
-        known = asked.known
-        tokens = known.held.get(known.tier, 0)
-        if not tokens or known.tier == decision.tier or decision.rung == "fim":
+        held, old, new = asked.known.held, asked.known.tier, decision.tier
+        tokens = held.get(old, 0)
+        if not tokens or old == new or decision.rung == "fim":
             return STAYS
         needed = decision.facts.full_tokens
-        old, new = (self.behind.pace(name, needed) for name in (known.tier, decision.tier))
-        held = min(known.held.get(decision.tier, 0), needed)
-        cost_s = leaving_cost(needed, old, tokens, new, held)
-        return Leaving(known.tier, tokens, cost_s)
+        old_pace = self.behind.pace(old, needed)
+        new_pace = self.behind.pace(new, needed)
+        held_there = min(held.get(new, 0), needed)
+        cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
+        return Leaving(old, tokens, cost_s)
 
     def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
         """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, now, tier = asked.known, asked.segments, row["tier"]
-        if len(now) > len(known.segments) > 0:  # as many messages or fewer: it began anew
-            share, where = same_beginning(known.segments, now)
-            row.update(same=round(share, 3), differs=where, held=known.held.get(tier, 0),
-                       client=client_named(asked.request.fields))
+        known, tier = asked.known, row["tier"]
+        before, now = known.segments, asked.segments
+        if len(now) > len(before) > 0:          # as many messages or fewer: it began anew
+            share, where = same_beginning(before, now)
+            row["same"] = round(share, 3)
+            row["differs"] = where
+            row["held"] = known.held.get(tier, 0)
+            row["client"] = client_named(asked.request.fields)
         if known.tier not in ("", tier):
-            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier],
-                           "cost_s": round(asked.leaving.cost_s, 1)}
-        if row["ended"] == "done" and row["status"] < 400 and row["truth"]:
-            self._conversations.answered(asked.thread, tier, row["truth"] + row["output"], now)
+            cost_s = round(asked.leaving.cost_s, 1)
+            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
+        answered = row["ended"] == "done" and row["status"] < 400
+        if answered and row["truth"]:
+            held = row["truth"] + row["output"]
+            self._conversations.answered(asked.thread, tier, held, now)
 
     def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
         """Keep a request in the decision record, and for those who look on."""
         self._note_turn(asked, row)
         total_s = time.monotonic() - asked.began_s
-        row.update(conversation=self.events.name_of(asked.conversation),
-                   wait_s=round(asked.wait_s, 3), total_s=round(total_s, 3),
-                   stream=asked.stream)
+        row["conversation"] = self.events.name_of(asked.conversation)
+        row["wait_s"] = round(asked.wait_s, 3)
+        row["total_s"] = round(total_s, 3)
+        row["stream"] = asked.stream
         if fallbacks:
             row["fallbacks"] = list(fallbacks)
         writing_s = total_s - row["wait_s"] - row["first_byte_s"]
-        if asked.stream and "per_s" not in row and row["output"] and writing_s > 0.1:
+        unsaid = "per_s" not in row and row["output"]
+        if asked.stream and unsaid and writing_s > 0.1:     # in one piece, no rate can be told
             row["per_s"] = round(row["output"] / writing_s, 1)
         if self._record is not None:
             self._record.add(row)
         self.events.add(row)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
-        """Ask the decision's tiers in turn until one answers."""
-        now = self._snapshot
-        config = now.config
+    def _facts_of(self, asked: Asked, config: Config) -> Facts:
+        """Count a request for the ladder. Errors: HttpError 400.
+
+        The finer estimate is made only where the bounds do not say that every tier holds it.
+        """
         try:
             facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        key, texts = asked.conversation, facts.texts
-        most, reserve = facts.most_tokens, facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if most + reserve > config.smallest_context:
-            facts = facts._replace(classes=class_tokens(texts), texts=(),
-                                   ratio=self._conversations.get(key).ratio)
-        facts = facts._replace(texts=(), auto=True)         # by whatever name
+        asked.texts = facts.texts
+        ratio = 0.0
+        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+        if facts.most_tokens + reserve > config.smallest_context:
+            asked.estimate = class_tokens(facts.texts)
+            ratio = self._conversations.get(asked.conversation).ratio
+        # By whatever name it asks. The record keeps the facts, and the texts would fill memory.
+        return facts._replace(auto=True, texts=(), classes=asked.estimate, ratio=ratio)
+
+    def _decide(self, asked: Asked, now: Snapshot) -> Decision:
+        """Where an `auto` request goes. Errors: HttpError 400."""
+        facts = self._facts_of(asked, now.config)
         down = self._breaker.down()
         if now.hosts:
             down.update(self._offline())
-        decision = decide(facts, config, down, now.barred)
+        decision = decide(facts, now.config, down, now.barred)
         asked.leaving = self._leaving(asked, decision)
-        loop = in_tool_loop(asked.values)
-        decision = stay_or_go(decision, asked.leaving, loop)
-        estimate = facts.classes
+        asked.loop = in_tool_loop(asked.values)
+        return stay_or_go(decision, asked.leaving, asked.loop)
 
-        def learn(truth: int) -> None:
-            worth = estimate if truth >= WORTH_LEARNING_TOKENS else 0
-            self._conversations.learn(key, worth, truth)
-
-        descent = Descent(asked, decision, now, self._breaker, learn)
-        reason = ""
-        if config.patience_s and facts.full_tokens <= TINY_TOKENS:
+    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+        """Ask the decision's tiers in turn until one answers."""
+        now = self._snapshot
+        decision = self._decide(asked, now)
+        descent = Descent(asked, decision, now, self._breaker, self._conversations)
+        if now.config.patience_s and decision.facts.full_tokens <= TINY_TOKENS:
             idle = self._idle_beside(decision.chain)
             descent.prefer(idle)
-            asked.patience_s = config.patience_s if idle else 0.0
-
-        def headers() -> bytes:
-            """Made while the model is at work, as is what the answer's counts are compared with."""
-            nonlocal estimate, reason, texts
-            if not estimate and most >= WORTH_LEARNING_TOKENS:
-                estimate = class_tokens(texts)
-            texts = ()
-            reason = reason or decision.reason
-            asked.look_at_prompt()
-            lines = decision_headers(decision, descent.tier.name, descent.fallbacks, reason)
-            return lines + leaving_header(asked.leaving, descent.tier.name)
-
-        while True:
-            route = descent.route
-            outcome = self._try(client, descent, headers)
-            if not descent.settle(outcome):
-                break
+            asked.patience_s = now.config.patience_s if idle else 0.0
+        outcome = self._try(client, descent)
+        while descent.settle(outcome):
             asked.patience_s = 0.0
-        name, reason = descent.tier.name, reason or decision.reason
-        fell = f"; fell back {', '.join(descent.fallbacks)}" if descent.fallbacks else ""
+            outcome = self._try(client, descent)
+        self._finish_descent(client, descent, outcome)
+
+    def _finish_descent(self, client: Client, descent: Descent, outcome: Outcome) -> None:
+        """Tell client, log, record and conversation how an `auto` request ended."""
+        asked, decision, reason = descent.asked, descent.decision, descent.reason
+        what = f"auto -> {descent.tier.name}"
         ms = (time.monotonic() - asked.began_s) * 1000
-        self.log.info(f"auto -> {name} [{decision.rung}] {reason};"
-                      f" {outcome.status or outcome.state} in {ms:,.0f} ms{fell}")
-        self._finish(client, outcome, f"auto -> {name}", route, headers)
+        ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
+        if descent.fallbacks:
+            ended += f"; fell back {', '.join(descent.fallbacks)}"
+        self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
+        self._finish(client, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
-            learn(outcome.counts.prompt)
-        row = record_row(facts, asked.path, name, outcome)
-        if loop:                                # before the reason: replay reads no further
+            descent.learn(outcome.counts.prompt)
+        row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
+        if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
-        row.update(rung=decision.rung, reason=reason, passed_over=decision.passed_over)
+        row["rung"] = decision.rung
+        row["reason"] = reason
+        row["passed_over"] = decision.passed_over
         self._note(asked, row, descent.fallbacks)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
-        rows = dict_of(self.behind.watched().get("models"))
+        rows = self.behind.watched().get("models", {})
         busy = {asked.tier for _, asked in list(self._ongoing.values())}
-        idle = [tier for tier in chain if tier.name not in busy
-                and dict_of(rows.get(tier.name)).get("state") == "loaded"]
+        idle = []
+        for tier in chain:
+            state = rows.get(tier.name, {}).get("state")
+            if state == "loaded" and tier.name not in busy:
+                idle.append(tier)
         own = chain[0]
-        return [] if own in idle or own.backend != "gguf" else idle
+        if own in idle or own.backend != "gguf":
+            return []
+        return idle
 
-    def _try(self, client: Client, descent: Descent, headers: Callable[[], bytes]) -> Outcome:
+    def _try(self, client: Client, descent: Descent) -> Outcome:
         """Ask the descent's present tier. Errors: ClientGone."""
         route, asked = descent.route, descent.asked
         if route.refused[0]:                    # no other tier holds it
             status, message, kind = route.refused
-            reply_failure(client, status, message, kind, headers())
+            reply_failure(client, status, message, kind, descent.headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, descent.judge, headers)
+            return self._ask(client, asked, route, descent.judge, descent.headers)
         except ClientGone:
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
@@ -11467,23 +11691,36 @@ class RouterApp(App):
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
+        tier, by_ladder = route.tier.name, judge is not None
         name = route.model
-        if judge is not None or asked.model not in self._snapshot.routes:
-            name = name or route.tier.name
+        # What is behind us knows a tier's own names, but not `auto` and names by pattern.
+        if not name and (by_ladder or asked.model not in self._snapshot.routes):
+            name = tier
         pieces = asked.body_for(route, name)
-        lease = self.behind.lease(route.tier.name) if route.host is None else Lease(route.host)
-        asked.tier, asked.lease = route.tier.name, lease
-        first_byte_s = 0.0
-        if route.host is not None:
+        if route.host is None:
+            lease = self.behind.lease(tier)
+        else:
+            lease = Lease(route.host)
             request, target = host_request(request, route, target)
-            drop = frozenset()
-        if route.hosted and judge is not None and asked.stream:
+            drop = frozenset()                  # it has dropped more already
+        asked.tier, asked.lease = tier, lease
+        first_byte_s = 0.0
+        if by_ladder and route.hosted and asked.stream:
             first_byte_s = FIRST_BYTE_S
         told = asked.stream and asked.translation is None
-        waiting = Waiting(client, asked.path, told, self.config.loading_state, headers)
-        terms = Terms(headers, drop, judge, lambda: waiting.tell(lease.stage),
-                      STREAM_ENDS.get(asked.path, ()), first_byte_s,
-                      asked.release, asked.translation, asked.patience_s)
+        mode = self.config.loading_state
+        waiting = Waiting(client, asked.path, told, lease.stage, mode, headers)
+        terms = Terms(
+            extra=headers,
+            drop=drop,
+            judge=judge,
+            waiting=waiting.tell,
+            ends=STREAM_ENDS.get(asked.path, ()),
+            first_byte_s=first_byte_s,
+            began=asked.release,
+            translation=asked.translation,
+            patience_s=asked.patience_s,
+        )
         try:
             return ask_lease(client, request, lease, target, pieces, terms, waiting)
         finally:
@@ -11496,43 +11733,11 @@ class RouterApp(App):
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
+        nobody, remedy = self.behind.nobody, self.behind.remedy
+        if route.host is not None:
+            nobody, remedy = f"no answer from {route.host.url}", ""
         lines = extra() if extra else b""
-        if outcome.state == "broken":
-            self.log.warning(f"{what}: the upstream broke off its answer: {outcome.detail}")
-        elif outcome.state == "failed":
-            self.log.warning(f"{what}: {outcome.detail}")
-            reply_failure(client, outcome.status, outcome.detail, extra=lines)
-        elif outcome.state == "rejected":
-            reply_failure(client, outcome.status, said_error(outcome.detail), extra=lines)
-        elif outcome.state == "unreachable":
-            where = self.behind.address if route.host is None else route.host.url
-            message = f"no answer from {where} ({outcome.detail})"
-            if route.host is None:
-                message = (f"nothing answers behind the router at {where} ({outcome.detail});"
-                           f" {self._given.remedy}")
-            self.log.warning(f"{what}: {message}")
-            reply_failure(client, 502, message, extra=lines)
-
-
-def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
-                     reason: str = "") -> bytes:
-    """The X-LLMStack-* lines of an answer; `reason` where it has been made already."""
-    reason = reason or decision.reason
-    lines = (f"X-LLMStack-Model: {tier}\r\nX-LLMStack-Tokens: {decision.tokens}\r\n"
-             f"X-LLMStack-Reason: {reason}\r\n")
-    facts = decision.facts
-    if facts.classes:                           # the bounds did not decide: which number did
-        lines += f"X-LLMStack-Needs: {facts.full_tokens} ({facts.source})\r\n"
-    if fallbacks:
-        lines += f"X-LLMStack-Fallback: {', '.join(fallbacks)}\r\n"
-    return lines.encode("utf-8")
-
-
-def leaving_header(leaving: Leaving, tier: str) -> bytes:
-    """The line that says what it costs to go on elsewhere; b"" for a conversation that stays."""
-    if leaving.tier in ("", tier):
-        return b""
-    return f"X-LLMStack-Switch: {leaving.words(tier)}\r\n".encode()
+        tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
 
 
 # ==================================================================================================
@@ -14240,6 +14445,7 @@ class EngineApp(Behind):
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
+        self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
         machine = self._watch.machine._asdict() if self._watch else {}
@@ -14282,8 +14488,8 @@ class EngineApp(Behind):
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         return {"object": "list", "data": self._listing()}
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
@@ -14322,9 +14528,9 @@ class EngineApp(Behind):
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
-            client.reply(200, json.dumps(listing, ensure_ascii=False).encode())
+            client.reply_json(listing)
         elif path == "/running":
-            client.reply(200, json.dumps({"running": self.engine.running()}).encode())
+            client.reply_json({"running": self.engine.running()})
         else:
             return False
         return True
@@ -14372,22 +14578,9 @@ class EngineApp(Behind):
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
         lease = self.engine.lease(name)
-        path = inference_path(request.target)
-        client.protocol = path
-        waiting = Waiting(client, path, stream, self.engine.config.loading_state)
-
-        def tell() -> None:
-            waiting.tell(lease.stage)
-
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=tell)
-        pieces = [body] if body else []
-        outcome = ask_lease(client, request, lease, request.target, pieces, terms, waiting)
-        if outcome.state == "unreachable":
-            reply_failure(client, 502, f"{name}: its server {outcome.detail}")
-        elif outcome.state in ("rejected", "failed"):
-            reply_failure(client, outcome.status, said_error(outcome.detail))
-        elif outcome.state == "broken":
-            self.log.warning(f"{name}: its server broke off an answer")
+        outcome = self.relay_over(lease, client, request, body, drop, stream)
+        nobody = f"{name}: its server does not answer"
+        tell_failure(client, self.log, name, outcome, nobody)
 
 
 # ==================================================================================================
@@ -14664,15 +14857,15 @@ class SwapApp(UpstreamApp):
             return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
-    def pass_on(self, client: Client, request: Request, body: bytes, drop: FrozenSet[bytes],
-                remedy: str = "") -> None:
+    def pass_on(self, client: Client, request: Request, body: bytes,
+                drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if self._bays and request.method == "POST" and request.target.startswith(park):
             self._bays.park(request.target[len(park):])
             client.reply(200, b"OK", _PLAIN)
             return
-        super().pass_on(client, request, body, drop, remedy)
+        super().pass_on(client, request, body, drop)
 
 
 # ==================================================================================================

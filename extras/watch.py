@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from typing import Any, Dict, Iterator, List, Sequence
+from typing import Any, Dict, Iterator, Sequence
 
 SILENCE_S = 40                                  # the stream says something every 15 s
 
@@ -31,11 +31,9 @@ def snapshots(sock: socket.socket, data: bytes, llmstack: Any) -> Iterator[Dict[
     heard_s = time.monotonic()
     sock.settimeout(1.0)
     while True:
-        payload: List[bytes] = []
-        framing.feed(data, payload)
-        blocks = (text + b"".join(payload)).split(b"\n\n")
+        blocks = (text + framing.feed(data)).split(b"\n\n")
         text = blocks.pop()
-        if len(text) > llmstack.MAX_ANSWER_BYTES or framing.done:
+        if len(text) > llmstack.MAX_ANSWER_BYTES or framing.ended:
             raise ValueError("its stream is none of events")
         for block in blocks:
             now.update(llmstack.parse_json_object(block.partition(b"\ndata: ")[2] or b"{}"))

@@ -1180,7 +1180,7 @@ def test_a_server_that_dies_before_it_answers_is_502(stage: Stage) -> None:
     stage.put("one.die")
     status, answer = call.answer()
     assert status == 502
-    assert re.fullmatch("code-smart: .*closed the connection without an answer", message_of(answer))
+    assert re.fullmatch("code-smart: .*closed the connection without an answer\\)", message_of(answer))
 
 
 def test_a_port_that_a_stranger_has_is_passed_over(open_stage: OpenStage) -> None:

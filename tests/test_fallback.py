@@ -161,6 +161,18 @@ def test_a_named_tier_that_cannot_load_is_one_error_event(routed: Routed) -> Non
     assert json.loads(event[6:])["error"]["type"] == "upstream_error"
 
 
+def test_what_no_tier_does_better_is_asked_of_no_other_one(routed: Routed) -> None:
+    """Its stream is open already: an answer that is none cannot follow, from whichever tier."""
+    routed.stage.put("code-smart.slow")
+    body = {"model": "auto", "input": "x", "stream": True}
+    call = routed.call().send("POST", "/v1/responses", body)    # the fake answers with its echo
+    assert call.status() == 200
+    assert call.event().startswith(": loading code-smart")
+    routed.stage.put("code-smart.loaded")
+    assert any("upstream_error" in event for event in until_broken(call))
+    assert "fell back" not in routed.log.line_with("auto -> ")
+
+
 def test_what_a_stream_waits_for_is_said_truly(routed: Routed) -> None:
     held = routed.call().chat("code-smart", "hold x", True)
     assert held.status() == 200
@@ -169,7 +181,7 @@ def test_what_a_stream_waits_for_is_said_truly(routed: Routed) -> None:
     waiting = routed.call().chat("code-fast", stream=True)
     assert waiting.status() == 200
     assert waiting.event().startswith(": waiting for code-smart to finish before code-fast can load")
-    rows = routed.app.requests()
+    rows = routed.app.requests()["requests"]
     assert [(r["tier"], r["stage"].split(" ")[0]) for r in rows] == [
         ("code-smart", "writing"), ("code-fast", "waiting")]
     routed.stage.put("x.go")
@@ -209,10 +221,10 @@ def test_an_hours_wait_is_at_most_100_messages(monkeypatch: pytest.MonkeyPatch) 
             self.sent.append(event)
 
     client = Told()
-    waiting = llmstack.Waiting(client, "/v1/messages", True)    # type: ignore[arg-type]
+    waiting = llmstack.Waiting(client, "/v1/messages", True, lambda: "loading x")    # type: ignore[arg-type]
     for _ in range(3600 * 20):
         clock.now += 0.05
-        waiting.tell(lambda: "loading x")
+        waiting.tell()
     assert 60 < len(client.sent) <= 100
     assert all(m.startswith(b": loading x, ") and m.count(b"\n") == 1 for m in client.sent)
     assert int(client.sent[0].split(b", ")[1].split()[0]) == 0, "at once"

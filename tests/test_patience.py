@@ -107,7 +107,7 @@ def test_a_load_or_a_queue_is_waited_for_no_longer() -> None:
     client: Any = Still()
     asked: Any = None
     lease = Queued()
-    waiting = llmstack.Waiting(client, "/v1/chat/completions", False)
+    waiting = llmstack.Waiting(client, "/v1/chat/completions", False, lease.stage)
     outcome = llmstack.ask_lease(client, asked, lease, "/x", [], llmstack.Terms(patience_s=1e-9),
                                  waiting)
     assert (outcome.state, outcome.detail) == ("unreachable", "busy")

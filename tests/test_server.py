@@ -303,12 +303,12 @@ def outcome(parse: Callable[[], object]) -> Optional[object]:
 
 def feed_all(data: bytes, size: int) -> Optional[tuple[bytes, bool]]:
     """(payload, whether it is done) of chunks that come in pieces of this size."""
-    framing, payload = ChunkFraming(), []       # type: ChunkFraming, list[bytes]
+    framing, payload = ChunkFraming(), b""
     for position in range(0, len(data), size):
-        if framing.done:
+        if framing.ended:
             break
-        framing.feed(data[position:position + size], payload)
-    return b"".join(payload), framing.done
+        payload += framing.feed(data[position:position + size])
+    return payload, framing.ended
 
 
 def find_end(data: bytes, size: int) -> int:
