@@ -75,6 +75,7 @@ Map of the file, bottom-up; each section is built from those above it:
     DOWNLOADS            the queue of models from the hub, and its worker
     SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
     STATUS               what runs, as people read it
+    DAEMON               engine, router and their servers put together, until a signal
     COMMANDS             what each command does, the table of them, and main()
 
 Files, below the project's .llmstack/. The user's: models.ini, litellm_config.yaml. What is written
@@ -16789,11 +16790,255 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 
 
 # ==================================================================================================
+# DAEMON
+# ==================================================================================================
+# The process that `start` leaves behind: here a Plan becomes an engine, a router and their two
+# servers, which run until a signal. Nothing in here reads arguments or speaks to a person; what
+# there is to say goes to the logs.
+
+
+class Unserved:
+    """Says of a later configuration which tiers the engine does not serve, and why."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
+
+    def __call__(self, config: Config) -> Dict[str, str]:
+        places = self._plan.places
+        found = unserved_hosted(places, config, places.env)
+        for tier in config.tiers:
+            if tier.backend != "openai" and tier.name not in self._known:
+                found[tier.name] = "the engine does not know it before `llmstack restart`"
+        return found
+
+
+def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
+    """The router before this project's own engine."""
+    places = plan.places
+    record: Optional[Recorder] = None
+    if plan.config.decision_log:
+        record = Recorder(places.log("decisions.jsonl"))
+    remedy = "run `llmstack start`"
+    if places.is_demo:
+        remedy = "run `llmstack start --demo`"
+
+    def reload() -> Config:
+        # The demo's model lies elsewhere by design.
+        if not places.is_demo:
+            check_run_trust(places)
+        config = load_config(places, log.warning).on_channel(plan.channel)
+        return true_config(config, places, log.warning)
+
+    setting = Setting(
+        loopback=is_loopback(plan.host),
+        key=api_key(places.env),
+        models_ini=places.models_ini,
+        reload=reload,
+        unserved=Unserved(plan),
+        remedy=remedy,
+        env=places.env,
+        record=record,
+        foreign_logs=(places.log("llama-swap.log"),),
+    )
+    app = RouterApp(plan.config, behind, log, setting)
+    app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    return app
+
+
+def listen(host: str, port: int, app: App) -> Any:
+    """A listening server. Errors: UserError, who has the port."""
+    try:
+        return make_server(host, port, app)
+    except OSError as exc:
+        # Who holds the port helps more than the number of the error.
+        holder = exc.strerror
+        if port and not port_is_free(host, port):
+            holder = f"taken by {port_holder(port)}"
+        raise UserError(f"cannot listen on {host} port {port}: {holder}",
+                        "choose another --port, or --host") from None
+
+
+class _Terminated(BaseException):
+    """SIGTERM, on its way to the main thread's server loop."""
+
+
+def _on_signals(hangup: Callable[[], None],
+                shutdown: Callable[[], None] = lambda: None) -> None:
+    """TERM ends the server loop; HUP ends nothing.
+
+    A terminal that closes takes no daemon with it.
+    """
+    import signal
+
+    def terminate(*_: object) -> None:
+        # An exception in a finalizer would be lost, and the loop would go on.
+        shutdown()
+        raise _Terminated
+
+    # TERM is what `stop`, systemd and launchd send.
+    signal.signal(signal.SIGTERM, terminate)
+    if not IS_WINDOWS:
+        signal.signal(signal.SIGHUP, lambda *_: hangup())
+
+
+def run_until_signal(server: Any, app: RouterApp) -> None:
+    """Serve until a signal says to stop."""
+    _on_signals(app.ask_reload, server.shutdown)
+    # Once a second the loop also does the housekeeping of its application.
+    try:
+        server.serve_forever(1.0)
+    finally:
+        app.log.flush()
+        server.server_close()
+
+
+def _ignore_signals() -> None:
+    """While ending: a second TERM must not cut the cleaning up short.
+
+    Whoever is in a hurry sends KILL.
+    """
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
+    """An environment for programs that do not ask the router."""
+    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+
+
+class ServerCommands:
+    """The command line of each tier's llama-server, as the engine asks for it at a load."""
+
+    def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
+                 parks: bool) -> None:
+        self._data, self._config, self._log = places.data, config, log
+        self._drafts, self._parks = drafts, parks
+        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
+        self._probing = threading.Lock()
+
+    def _refused_by(self, server: Tuple[str, ...]) -> FrozenSet[str]:
+        """The flags that a build refuses. It is asked at its first load: the daemon is up by then.
+
+        Errors: UserError.
+        """
+        with self._probing:
+            if server not in self._refused:
+                refused = probe_flags(server, self._config, self._data)
+                self._refused[server] = refused
+                for said in refused_settings(self._config, refused):
+                    self._log.warning(said)
+            return self._refused[server]
+
+    def __call__(self, tier: Tier, port: int) -> List[str]:
+        """Errors: UserError."""
+        config, data = self._config, self._data
+        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        refused = self._refused_by(server)
+        identity = probe_identity(tier, config, os.environ, data)
+        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        words = server_command(server, ready, config, port, refused)
+        if self._parks and "--slot-save-path" not in refused:
+            words += parking_flags(data)
+        return words
+
+
+def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
+    """The embedded engine. Errors: UserError."""
+    program = find_llama_server(config, os.environ, places.data)
+    machine = this_machine(config)
+    fits = measure_tiers(config, machine, os.environ)
+    config = with_caches(config, fits, machine)
+    parking = open_parking(places.data, config, log)
+    parks = parking is not None and parking.parks
+    command = ServerCommands(places, config, log, drafts, parks)
+
+    def log_path(name: str) -> str:
+        return places.log(f"{name}.log")
+
+    server = " ".join(program) or "no"
+    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    plan = EnginePlan(
+        env=_without_our_key(os.environ),
+        budget_gb=machine.budget_gb,
+        fits=fits,
+        proxy=plan_proxy(places, config, os.environ),
+        parking=parking,
+        budgets_gb=machine.budgets_gb,
+    )
+    engine = Engine(config, command, log, log_path, plan)
+    return EngineApp(engine, log, MemoryWatch(machine))
+
+
+def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
+    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
+    data = places.data
+    env = _without_our_key(os.environ)
+    proxy = plan_proxy(places, config, env)
+    if proxy:
+        env = litellm_env(env)
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    path = places.in_state("llama-swap.yaml")
+    server = find_llama_server(config, env, data)
+    write_swap_yaml(places, config, proxy, path, drafts)
+    program = find_llama_swap(env, data)
+
+    def command(port: int) -> List[str]:
+        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
+
+    for said in refused_notes(config, env, data):
+        log.warning(said)
+    parking = open_parking(data, config, log)
+    bays = None
+    refused = probe_flags(server, config, data) if server else frozenset()
+
+    def identify(tier: Tier) -> str:
+        own = find_llama_server(tier_config(config, tier), env, data)
+        ready = _ready_for_swap(tier, env)
+        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
+        return parking_identity(words, cached_model(weights_for(tier), env), env)
+
+    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
+        bays = SwapBays(parking, local_tiers(config), identify, log)
+    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
+
+
+def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
+    """What is behind the router. Errors: UserError."""
+    if plan.kind == "llama-swap":
+        return _swap_app(plan.places, plan.config, log, drafts)
+    return _embedded_app(plan.places, plan.config, log, drafts)
+
+
+def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
+    """Listen for clients and for the engine's own, until a signal says to stop."""
+    drafts = Drafts(plan.places.data, engine_log)
+    behind = _engine_app(plan, engine_log, drafts)
+    app = router_app(plan, behind, log)
+    app.events.hearers.append(drafts.hear)
+    app.events.sources.append(lambda: {"drafting": drafts.said()})
+    try:
+        # From here on there are children to end.
+        _on_signals(lambda: None)
+        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        server = listen(plan.host, plan.port, app)
+        behind.page_url = base_url(plan.host, server.server_port) + "/"
+        behind.start()
+        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
+                         daemon=True).start()
+        log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
+        run_until_signal(server, app)
+    finally:
+        _ignore_signals()
+        behind.close()
+
+
+# ==================================================================================================
 # COMMANDS
 # ==================================================================================================
 # The room of the command line: each command reads its arguments, calls the rooms above and says
-# what came of it. Here os.environ becomes the environment that travels with the places. The daemon
-# of `start` is a command, too: _cmd_daemon, for which _serve_plan puts router and engine together.
+# what came of it. Here os.environ becomes the environment that travels with the places.
 
 
 def _places(args: Any) -> Places:
@@ -17397,243 +17642,6 @@ def _cmd_install(args: Any) -> int:
     if url:
         return _install_external(args, places, url)
     return _install_local(args, places)
-
-
-class Unserved:
-    """Says of a later configuration which tiers the engine does not serve, and why."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
-
-    def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._plan.places
-        found = unserved_hosted(places, config, places.env)
-        for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in self._known:
-                found[tier.name] = "the engine does not know it before `llmstack restart`"
-        return found
-
-
-def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
-    """The router before this project's own engine."""
-    places = plan.places
-    record: Optional[Recorder] = None
-    if plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
-    remedy = "run `llmstack start`"
-    if places.is_demo:
-        remedy = "run `llmstack start --demo`"
-
-    def reload() -> Config:
-        # The demo's model lies elsewhere by design.
-        if not places.is_demo:
-            check_run_trust(places)
-        config = load_config(places, log.warning).on_channel(plan.channel)
-        return true_config(config, places, log.warning)
-
-    setting = Setting(
-        loopback=is_loopback(plan.host),
-        key=api_key(places.env),
-        models_ini=places.models_ini,
-        reload=reload,
-        unserved=Unserved(plan),
-        remedy=remedy,
-        env=places.env,
-        record=record,
-        foreign_logs=(places.log("llama-swap.log"),),
-    )
-    app = RouterApp(plan.config, behind, log, setting)
-    app.events.sources.append(lambda: {"downloads": download_rows(places)})
-    return app
-
-
-def listen(host: str, port: int, app: App) -> Any:
-    """A listening server. Errors: UserError, who has the port."""
-    try:
-        return make_server(host, port, app)
-    except OSError as exc:
-        # Who holds the port helps more than the number of the error.
-        holder = exc.strerror
-        if port and not port_is_free(host, port):
-            holder = f"taken by {port_holder(port)}"
-        raise UserError(f"cannot listen on {host} port {port}: {holder}",
-                        "choose another --port, or --host") from None
-
-
-class _Terminated(BaseException):
-    """SIGTERM, on its way to the main thread's server loop."""
-
-
-def _on_signals(hangup: Callable[[], None],
-                shutdown: Callable[[], None] = lambda: None) -> None:
-    """TERM ends the server loop; HUP ends nothing.
-
-    A terminal that closes takes no daemon with it.
-    """
-    import signal
-
-    def terminate(*_: object) -> None:
-        # An exception in a finalizer would be lost, and the loop would go on.
-        shutdown()
-        raise _Terminated
-
-    # TERM is what `stop`, systemd and launchd send.
-    signal.signal(signal.SIGTERM, terminate)
-    if not IS_WINDOWS:
-        signal.signal(signal.SIGHUP, lambda *_: hangup())
-
-
-def run_until_signal(server: Any, app: RouterApp) -> None:
-    """Serve until a signal says to stop."""
-    _on_signals(app.ask_reload, server.shutdown)
-    # Once a second the loop also does the housekeeping of its application.
-    try:
-        server.serve_forever(1.0)
-    finally:
-        app.log.flush()
-        server.server_close()
-
-
-def _ignore_signals() -> None:
-    """While ending: a second TERM must not cut the cleaning up short.
-
-    Whoever is in a hurry sends KILL.
-    """
-    import signal
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
-    """An environment for programs that do not ask the router."""
-    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
-
-
-class ServerCommands:
-    """The command line of each tier's llama-server, as the engine asks for it at a load."""
-
-    def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
-                 parks: bool) -> None:
-        self._data, self._config, self._log = places.data, config, log
-        self._drafts, self._parks = drafts, parks
-        self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
-        self._probing = threading.Lock()
-
-    def _refused_by(self, server: Tuple[str, ...]) -> FrozenSet[str]:
-        """The flags that a build refuses. It is asked at its first load: the daemon is up by then.
-
-        Errors: UserError.
-        """
-        with self._probing:
-            if server not in self._refused:
-                refused = probe_flags(server, self._config, self._data)
-                self._refused[server] = refused
-                for said in refused_settings(self._config, refused):
-                    self._log.warning(said)
-            return self._refused[server]
-
-    def __call__(self, tier: Tier, port: int) -> List[str]:
-        """Errors: UserError."""
-        config, data = self._config, self._data
-        server = find_llama_server(tier_config(config, tier), os.environ, data)
-        refused = self._refused_by(server)
-        identity = probe_identity(tier, config, os.environ, data)
-        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
-        words = server_command(server, ready, config, port, refused)
-        if self._parks and "--slot-save-path" not in refused:
-            words += parking_flags(data)
-        return words
-
-
-def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
-    """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
-    machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ)
-    config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
-    parks = parking is not None and parking.parks
-    command = ServerCommands(places, config, log, drafts, parks)
-
-    def log_path(name: str) -> str:
-        return places.log(f"{name}.log")
-
-    server = " ".join(program) or "no"
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
-    plan = EnginePlan(
-        env=_without_our_key(os.environ),
-        budget_gb=machine.budget_gb,
-        fits=fits,
-        proxy=plan_proxy(places, config, os.environ),
-        parking=parking,
-        budgets_gb=machine.budgets_gb,
-    )
-    engine = Engine(config, command, log, log_path, plan)
-    return EngineApp(engine, log, MemoryWatch(machine))
-
-
-def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
-    """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data = places.data
-    env = _without_our_key(os.environ)
-    proxy = plan_proxy(places, config, env)
-    if proxy:
-        env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
-    path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
-    write_swap_yaml(places, config, proxy, path, drafts)
-    program = find_llama_swap(env, data)
-
-    def command(port: int) -> List[str]:
-        return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
-
-    for said in refused_notes(config, env, data):
-        log.warning(said)
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
-    def identify(tier: Tier) -> str:
-        own = find_llama_server(tier_config(config, tier), env, data)
-        ready = _ready_for_swap(tier, env)
-        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
-        return parking_identity(words, cached_model(weights_for(tier), env), env)
-
-    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
-        bays = SwapBays(parking, local_tiers(config), identify, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
-
-
-def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
-    """What is behind the router. Errors: UserError."""
-    if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, log, drafts)
-    return _embedded_app(plan.places, plan.config, log, drafts)
-
-
-def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
-    """Listen for clients and for the engine's own, until a signal says to stop."""
-    drafts = Drafts(plan.places.data, engine_log)
-    behind = _engine_app(plan, engine_log, drafts)
-    app = router_app(plan, behind, log)
-    app.events.hearers.append(drafts.hear)
-    app.events.sources.append(lambda: {"drafting": drafts.said()})
-    try:
-        # From here on there are children to end.
-        _on_signals(lambda: None)
-        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
-        server = listen(plan.host, plan.port, app)
-        behind.page_url = base_url(plan.host, server.server_port) + "/"
-        behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
-        log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
-        run_until_signal(server, app)
-    finally:
-        _ignore_signals()
-        behind.close()
 
 
 def _cmd_daemon(args: Any) -> int:
