@@ -4,9 +4,10 @@
     python3 build_zipapp.py [--output FILE]    build, print size and sha256
     python3 build_zipapp.py --check FILE       exit 1 unless FILE is what this tree builds
 
-Reproducible: a fixed list of entries, fixed times and modes, zlib at level 9. `python -m zipapp` is not, and takes
-along whatever lies in the directory. Where two machines have different builds of zlib, the same tree may come out in
-other bytes of the same meaning: --check looks at what is inside, and says when only the packing differs.
+Reproducible: a fixed list of entries, fixed times and modes, zlib at level 9. `python -m zipapp` is
+not, and takes along whatever lies in the directory. Where two machines have different builds of
+zlib, the same tree may come out in other bytes of the same meaning: --check looks at what is
+inside, and says when only the packing differs.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ FOLDERS = ("extras", "share")                           # every file in them tha
 LIMIT_BYTES = 400_000
 OLDEST = (3, 9)
 
-# Runs before the program is read, so: syntax that Python 2.7 parses, to refuse old versions in one line; the
-# version without loading anything; and a cache for the program's bytecode. A zipapp never caches its own, and
-# compiling takes 0.2 s a start, which is most of what `status` or the router's boot would cost. The cache is
-# keyed by the source's hash, as PEP 552's pycs are, and lives in the user's own cache directory.
+# Runs before the program is read, so: syntax that Python 2.7 parses, to refuse old versions in one
+# line; the version without loading anything; and a cache for the program's bytecode. A zipapp never
+# caches its own, and compiling takes 0.2 s a start, which is most of what `status` or the router's
+# boot would cost. The cache is keyed by the source's hash, as PEP 552's pycs are, and lives in the
+# user's own cache directory.
 MAIN = '''\
 import sys
 
 if sys.version_info < (%(major)d, %(minor)d):
-    sys.stderr.write("llmstack: error: Python %(major)d.%(minor)d or newer is needed, this is %%d.%%d\\n" %% sys.version_info[:2])
+    have = "this is %%d.%%d\\n" %% sys.version_info[:2]
+    sys.stderr.write("llmstack: error: Python %(major)d.%(minor)d or newer is needed, " + have)
     sys.stderr.write("hint: run it with a newer python3\\n")
     sys.exit(2)
 if sys.argv[1:] in (["version"], ["--version"], ["-V"]):
@@ -48,7 +51,7 @@ from importlib.util import source_hash
 HERE = os.path.dirname(__file__)
 
 if sys.argv[1:2] == ["_guest"]:
-    # A program for another environment's Python, which finds there nothing of this archive to import.
+    # A program for another environment's Python, which finds nothing of this archive to import.
     guest = os.path.join(HERE, "share", "guests", sys.argv[2] + ".py")
     sys.path[:] = [entry for entry in sys.path if entry != HERE]
     sys.argv[:3] = [guest]
@@ -112,12 +115,18 @@ def program_version(source: bytes) -> str:
 
 
 def bundled_files() -> list[str]:
-    """The names of what travels, sorted, with slashes: bytecode and what an editor leaves behind stay here."""
+    """The names of what travels, sorted, with slashes.
+
+    Bytecode and what an editor leaves behind stay here.
+    """
     names = list(FILES)
     for folder in FOLDERS:
         for directory, _, files in os.walk(os.path.join(ROOT, folder)):
-            names += [os.path.relpath(os.path.join(directory, name), ROOT).replace(os.sep, "/") for name in files
-                      if not name.startswith(".") and not name.endswith(("~", ".pyc", ".orig", ".rej"))]
+            for name in files:
+                if name.startswith(".") or name.endswith(("~", ".pyc", ".orig", ".rej")):
+                    continue
+                path = os.path.relpath(os.path.join(directory, name), ROOT)
+                names.append(path.replace(os.sep, "/"))
     return sorted(names)
 
 
@@ -146,8 +155,11 @@ def inside(data: bytes) -> list[tuple[object, ...]]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         start = min(entry.header_offset for entry in archive.infolist())
         ending = data[-22:-18]                  # of the end record: nothing may stand behind it
-        return [(data[:start], ending),
-                *((e.filename, e.date_time, e.external_attr, archive.read(e)) for e in archive.infolist())]
+        found: list[tuple[object, ...]] = [(data[:start], ending)]
+        for entry in archive.infolist():
+            what = archive.read(entry)
+            found.append((entry.filename, entry.date_time, entry.external_attr, what))
+        return found
 
 
 def compare(path: str, data: bytes) -> int:
@@ -161,9 +173,12 @@ def compare(path: str, data: bytes) -> int:
         return 1
     except (zipfile.BadZipFile, ValueError, zlib.error):
         same = False
+    if not same:
+        print(f"{path}: is not what this tree builds")
+        return 1
     packed = "" if there == data else ", packed by another zlib"
-    print(f"{path}: {'is what this tree builds' + packed if same else 'is not what this tree builds'}")
-    return 0 if same else 1
+    print(f"{path}: is what this tree builds{packed}")
+    return 0
 
 
 def write(path: str, data: bytes) -> None:
@@ -181,7 +196,8 @@ def main() -> int:
     args = parser.parse_args()
     data = build()
     if len(data) > LIMIT_BYTES:
-        print(f"build_zipapp: error: {len(data):,} bytes, the limit is {LIMIT_BYTES:,}", file=sys.stderr)
+        print(f"build_zipapp: error: {len(data):,} bytes, the limit is {LIMIT_BYTES:,}",
+              file=sys.stderr)
         return 1
     if args.check:
         return compare(args.check, data)

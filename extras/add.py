@@ -328,7 +328,8 @@ def prove(places: Any, name: str, llmstack: Any) -> None:
 def main(argv: Sequence[str], llmstack: Any) -> int:
     parser = llmstack.extra_parser("add", __doc__)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--tier", metavar="NAME", default="", help="its name; else the repository's")
+    parser.add_argument("--tier", metavar="NAME", default="",
+                        help="its name; else the repository's")
     parser.add_argument("--role", metavar="ROLE", help="agent where no tier has that, else none")
     parser.add_argument("--yes", "-y", action="store_true", help="do not ask")
     parser.add_argument("--no-download", action="store_true", help="only write models.ini")

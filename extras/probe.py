@@ -209,7 +209,10 @@ def called_city(call: Mapping[str, Any]) -> str:
 
 
 def probe_tools(trial: Any) -> Verdict:
-    """A call of its own accord, and an answer to what the tool says. Errors: OSError, ValueError."""
+    """A call of its own accord, and an answer to what the tool says.
+
+    Errors: OSError, ValueError.
+    """
     asked = [user("What is the weather in Paris now? Use the tool get_weather.")]
     reply = chat(trial, asked, tools=[WEATHER])
     if reply.error:

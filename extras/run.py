@@ -67,7 +67,7 @@ def counts_of(event: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def refused(said: str, llmstack: Any) -> Any:
-    """The UserError for what an answer says of a failure; a server's log is not for the terminal."""
+    """The UserError for what an answer says of a failure, without a server's log."""
     first = said.partition("\n")[0]
     name = first.partition(":")[0]
     if "while loading" in first:

@@ -1,6 +1,7 @@
 """Run LiteLLM's proxy with a guard before its application.
 
-The first argument is the SHA-256 of the configuration, the others are LiteLLM's own, --config first.
+The first argument is the SHA-256 of the configuration, the others are LiteLLM's own, --config the
+first of them.
 A configuration that has changed since is not run: LiteLLM imports the Python modules it names, and
 nobody may have looked at it.
 

@@ -1,6 +1,7 @@
 """llama-swap's cmdStop: PORT MODEL PID. The daemon on PORT parks the model, then its server ends.
 
-It runs at every swap, so it imports next to nothing. Whatever goes wrong, the server is told to end.
+It runs at every swap, so it imports next to nothing. Whatever goes wrong, the server is told to
+end.
 """
 
 from __future__ import annotations
