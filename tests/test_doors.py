@@ -38,9 +38,11 @@ def stack(request: pytest.FixtureRequest, real_data: Path, noise: Path,  # noqa:
     monkeypatch.setattr(llmstack, "find_program", only_llama_swap(llmstack.find_program))
     project = Project(two_tiers(noise), request.param)
     assert llmstack.main(["start"]) == 0
-    ask(project.router_port, model="code-smart", messages=[MESSAGE], max_tokens=1)
-    yield project
-    llmstack.main(["stop"])
+    try:
+        ask(project.router_port, model="code-smart", messages=[MESSAGE], max_tokens=1)
+        yield project
+    finally:
+        llmstack.main(["stop"])
 
 
 def servers(project: Project) -> Dict[str, int]:
