@@ -13392,7 +13392,9 @@ class Bay:
         """Park nothing more of a model that reads again what was restored for this request."""
         for parked in restored:
             is_used = counts.cached >= parked.prompt // 10
-            if is_used or not parked.goes_on_in(values):
+            # A slot that holds less is found through the host's cache alone, if that had room.
+            is_found = parked.tokens > SLOT_SIMILARITY * counts.prompt
+            if is_used or not is_found or not parked.goes_on_in(values):
                 continue
             why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
                    " of llama.cpp")

@@ -412,6 +412,16 @@ def test_nothing_else_is_held_against_a_model(rig: Rig, cached: int, body: bytes
     assert len(rig.files()) == 1
 
 
+def test_a_conversation_that_has_grown_a_lot_proves_nothing(rig: Rig) -> None:
+    """The host's cache, through which its slot is found, may have had no room for it."""
+    park(rig, 500)
+    bay = rig.load()
+    bay.restore()
+    bay.note("/v1/chat/completions", LONGER, counts(700, 0))
+    assert llmstack.parking_notes(str(rig.data)) == {}
+    assert len(rig.files()) == 1
+
+
 def test_what_was_asked_beside_another_request_proves_nothing(rig: Rig) -> None:
     """The other may have pushed the conversation out of the host's cache."""
     park(rig, 500)
