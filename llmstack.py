@@ -9549,7 +9549,7 @@ class Lease:
         """What is about to be asked, kept while its answer streams where it may be parked."""
         if self.bay is not None and self.bay.wants(sum(map(len, body))):
             self._target, self._body = target, b"".join(body)
-            self.bay.settle(self._body)
+            self.bay.make_findable(self._body)
 
     def answered(self, outcome: Outcome) -> None:
         """How that ended."""
@@ -12806,7 +12806,7 @@ def with_ultra(text: bytes, env: Mapping[str, str], data: str) -> bytes:
 # has no room for is purged without a copy: of four conversations of 414 tokens beside one of 7,614
 # in a context of 8,192, three were read again, and by default none.
 # A restored slot is found by a prompt that it holds most of, and goes to the host's cache only as
-# a task begins: see Bay.settle.
+# a task begins: see Bay.make_findable.
 # After a restore /slots tells no tokens until the slot is used, and a file stays valid: it is kept
 # until its slot is saved anew. A cut file ends the server of b11549, so its ends are looked at.
 
@@ -13335,7 +13335,7 @@ class Bay:
             return True
         return self._parking.worth(self.identity, body_bytes // 2)
 
-    def settle(self, body: bytes) -> None:
+    def make_findable(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
 
         llama-server looks for a prompt in the slots that hold SLOT_SIMILARITY of it, then in the

@@ -445,9 +445,9 @@ def test_a_conversation_that_has_grown_goes_to_the_hosts_cache(
     for _ in range(asked_before + 1):
         assert bay.wants(10)
     said = [*messages(3), *messages(more)] if more else messages(3)
-    bay.settle(json.dumps({"model": "m", "messages": said}).encode())
+    bay.make_findable(json.dumps({"model": "m", "messages": said}).encode())
     assert ("/completion" in rig.slots.asked) is settled
-    bay.settle(asked(3, "of another conversation"))
+    bay.make_findable(asked(3, "of another conversation"))
     assert rig.slots.asked.count("/completion") == settled
 
 

@@ -34,12 +34,10 @@ def wait_gone(pid: int) -> bool:
     return not llmstack.process_started(pid)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="marks are read from /proc")
-def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
-        home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pids = home / "pids"
+def started_swap(home: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[llmstack.SwapApp, str]:
+    """A listener with a llama-swap of ours behind it, and the mark of what it starts."""
     program = home / "swap.py"
-    program.write_text(SWAP.format(pids=str(pids)))
+    program.write_text(SWAP.format(pids=str(home / "pids")))
     mark = llmstack.new_mark(os.getcwd())
     env = {**os.environ, llmstack.STACK_VARIABLE: mark, "LLAMA_API_KEY": "k"}
 
@@ -50,8 +48,15 @@ def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
     app = llmstack.SwapApp(llmstack.Config(), command, env, log, str(home / "output"))
     monkeypatch.setattr(app, "RESTART_S", 0)
     app.start()
+    return app, mark
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="marks are read from /proc")
+def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
+        home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, mark = started_swap(home, monkeypatch)
     try:
-        swap, server = map(int, pids.read_text().split())
+        swap, server = map(int, (home / "pids").read_text().split())
         os.kill(swap, 9)
         assert app._process.wait() == -9
         assert llmstack.process_started(server), "it outlives llama-swap"
@@ -66,25 +71,14 @@ def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
 def test_a_llama_swap_that_cannot_be_started_again_ends_nothing_else(
         home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its program may be gone, for an upgrade: the listener before it goes on, and tries again."""
-    program = home / "swap.py"
-    program.write_text(SWAP.format(pids=str(home / "pids")))
-    mark = llmstack.new_mark(os.getcwd())
-    env = {**os.environ, llmstack.STACK_VARIABLE: mark, "LLAMA_API_KEY": "k"}
-
-    def command(port: int) -> list[str]:
-        return [sys.executable, str(program), str(port)]
-
-    log = llmstack.Log(str(home / "log"))
-    app = llmstack.SwapApp(llmstack.Config(), command, env, log, str(home / "output"))
-    monkeypatch.setattr(app, "RESTART_S", 0)
-    app.start()
+    app, mark = started_swap(home, monkeypatch)
     there = app._command
     try:
         app._process.kill()
         app._process.wait()
         app._command = [str(home / "gone")]
         app.every_second()
-        log.flush()
+        app.log.flush()
         assert "cannot start" in (home / "log").read_text()
         app._command = there
         app.every_second()
