@@ -3300,21 +3300,54 @@ MOST_CHECKPOINTS = 32                           # a slot, likewise
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
-    23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
-    39: (32, 17), 40: (64, 36),
+    0: (1, 4),                                  # F32
+    1: (1, 2),                                  # F16
+    2: (32, 18),                                # Q4_0
+    3: (32, 20),                                # Q4_1
+    6: (32, 22),                                # Q5_0
+    7: (32, 24),                                # Q5_1
+    8: (32, 34),                                # Q8_0
+    10: (256, 84),                              # Q2_K
+    11: (256, 110),                             # Q3_K
+    12: (256, 144),                             # Q4_K
+    13: (256, 176),                             # Q5_K
+    14: (256, 210),                             # Q6_K
+    16: (256, 66),                              # IQ2_XXS
+    17: (256, 74),                              # IQ2_XS
+    18: (256, 98),                              # IQ3_XXS
+    19: (256, 50),                              # IQ1_S
+    20: (32, 18),                               # IQ4_NL
+    21: (256, 110),                             # IQ3_S
+    22: (256, 82),                              # IQ2_S
+    23: (256, 136),                             # IQ4_XS
+    26: (1, 4),                                 # I32
+    29: (256, 56),                              # IQ1_M
+    30: (1, 2),                                 # BF16
+    34: (256, 54),                              # TQ1_0
+    35: (256, 66),                              # TQ2_0
+    39: (32, 17),                               # MXFP4
+    40: (64, 36),                               # NVFP4
 }
 _Q6_K = 14
 _FLOATS = ("f32", "f16", "bf16")
-_CACHE_SIZES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
+# A cache's type, as its flag names it -> its number above.
+_CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
     "q5_1": 7,
 }
+# What a header's numbers are, as struct names them. Its other values are strings and lists.
 _GGUF_SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }
+_GGUF_STRING = 8
+_GGUF_LIST = 9
 
 # Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely
 # say it themselves.
@@ -3347,11 +3380,10 @@ class GgufHeader(NamedTuple):
     arch: str
     keys: Mapping[str, Any]                     # the architecture's, without its name
     vocab: int
-    tensor_bytes: int
-    embd_bytes: int                             # of these, the token embedding
-    tied: bool                                  # it serves as the output matrix, too
-    widest: int                                 # values a token takes in the widest layer
-    parts: int = 1                              # files it is split into
+    tensor_bytes: int = 0
+    embd_bytes: int = 0                         # of these, the token embedding
+    tied: bool = True                           # it serves as the output matrix, too
+    widest: int = 0                             # values a token takes in the widest layer
     end: int = 0                                # where its tensors end: a smaller file is not whole
     tensors: Mapping[str, int] = {}             # name -> bytes
 
@@ -3371,8 +3403,10 @@ class Memory(NamedTuple):
     @property
     def parts(self) -> Dict[str, int]:
         """What it is made of; together, what it takes of cards and host."""
-        places = ("host", "each")
-        return {name: size for name, size in self._asdict().items() if name not in places}
+        sizes = self._asdict()
+        # These two say where the same bytes are.
+        del sizes["host"], sizes["each"]
+        return sizes
 
     @property
     def total(self) -> int:
@@ -3391,9 +3425,10 @@ class Machine(NamedTuple):
 
     @property
     def budgets_gb(self) -> Needs:
-        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        """The budget of each memory there is, the host's last."""
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
+            # The budget is less than the cards have, and each card gives up the same share.
             share = self.budget_gb / max(sum(self.cards), 0.1)
             each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
@@ -3417,7 +3452,9 @@ def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
     found = []
     for key, value in settings.items():
         if key == "override_tensor":
-            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+            for rule in value.split(","):
+                pattern, buffer = rule.split("=", 1)
+                found.append(Override(pattern, buffer))
         elif key == "n_cpu_moe" and value:
             layers = "|".join(map(str, range(value)))
             found.append(Override(_EXPERTS % layers, "CPU"))
@@ -3443,29 +3480,36 @@ class LoadOptions(NamedTuple):
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
 
 
-def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
-    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT].
+def _place_named(device: str) -> int:
+    """The card that llama.cpp names CUDA0, ROCm0 or Vulkan0; _ON_HOST for a name of no card."""
+    found = _NUMBERED.match(device)
+    if not found:
+        return _ON_HOST
+    return int(found.group(1))
 
-    llama.cpp numbers them as CUDA0, ROCm1, Vulkan2; a name without a number may be any.
-    """
-    every = tuple(range(len(machine.cards)))
+
+def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
+    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT]."""
+    every = range(len(machine.cards))
     settings = config.settings
     names = settings.get("device", "").split(",")
-    numbers = [_NUMBERED.match(name) for name in names]
-    chosen = tuple(int(number.group(1)) for number in numbers if number)
-    if len(chosen) < len(names) or not set(chosen) <= set(every):
-        chosen = every
+    chosen = [_place_named(name) for name in names]
+    # A name without a number may be any card; and so may one that this machine lacks.
+    if not set(chosen).issubset(every):
+        chosen = list(every)
     if settings.get("split_mode") == "none":
         first = settings.get("main_gpu", 0)
         chosen = chosen[first:first + 1] or chosen
-    return chosen
+    return tuple(chosen)
 
 
 def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
                 machine: Machine) -> Tuple[float, ...]:
     """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
-    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
-    told = (told + [0.0] * len(cards))[:len(cards)]
+    parts = settings.get("tensor_split", "0").split(",")
+    told = [float(part) for part in parts]
+    told += [0.0] * len(cards)                  # cards that it does not name get nothing
+    told = told[:len(cards)]
     if any(told):
         return tuple(told)
     # Full cards count a little, too: proportions of nothing have no sum.
@@ -3473,6 +3517,7 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
 
 
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
+    """How a tier's server is going to load its model here."""
     own = tier_config(config, tier)
     settings = own.settings
     cards: Tuple[int, ...] = (0,)
@@ -3480,12 +3525,15 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     if machine.cards:
         cards = cards_of(own, machine)
         split = _split_over(cards, settings, machine)
-    layers, count = settings["n_gpu_layers"], 999           # auto, all, -1
+    layers = settings["n_gpu_layers"]
+    count = 999                                 # auto, all, -1
     if layers.isdigit():
         count = int(layers)
     if not machine.gpu or settings.get("device") == "none":
         count = 0
+    # What embeds or ranks reads a text in one batch, whatever [DEFAULT] says.
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
+    batch = settings.get("batch", SERVER_BATCH)
     return LoadOptions(
         cache_type_k=settings["cache_type_k"],
         cache_type_v=settings["cache_type_v"],
@@ -3493,7 +3541,7 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         gpu_layers=count,
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
-        ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
+        ubatch=min(ubatch, batch),
         overrides=tensor_overrides(settings),
         seen=max(len(machine.cards), 1),
         cards=cards,
@@ -3509,25 +3557,26 @@ class _Tensor(NamedTuple):
     name: str
     shape: Sequence[int]
 
-    @property
-    def end(self) -> int:
-        return self.offset + max(self.size, 0)
-
 
 class _GgufReader:
     """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
-        self._block, self._start = b"", 0       # what has been read last, and from where
+        self._block = b""                       # what has been read last...
+        self._start = 0                         # ...and from where
         self.at = 0
+
+    def _check_end(self, end: int) -> None:
+        if end > MAX_GGUF_HEADER_BYTES:
+            raise GgufError("has a header beyond any reason")
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
         end = self.at + count
         if end > self._start + len(self._block):
-            if end > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
+            self._check_end(end)
+            # Values are small and many: one read brings thousands of them.
             self._block = self._read(self.at, max(count, 1 << 18))
             self._start = self.at
             if len(self._block) < count:
@@ -3540,7 +3589,8 @@ class _GgufReader:
         return self._block[offset:offset + count]
 
     def numbers(self, code: str) -> Tuple[Any, ...]:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        layout = struct.Struct("<" + code)
+        return layout.unpack(self.take(layout.size))
 
     def count(self) -> int:
         """A number of entries that are all to be read."""
@@ -3550,7 +3600,8 @@ class _GgufReader:
         return count
 
     def string(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
+        length, = self.numbers("Q")
+        return self.take(length).decode("utf-8", "replace")
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
@@ -3562,28 +3613,30 @@ class _GgufReader:
                 count -= 1
             self.at = self._start + offset
 
-    def value(self, depth: int = 0) -> Any:
+    def value(self) -> Any:
         """A metadata value; of a list only its length as a range, but for 1,024 numbers at most."""
         kind, = self.numbers("I")
         if kind in _GGUF_SCALARS:
             return self.numbers(_GGUF_SCALARS[kind])[0]
-        if kind == 8:
+        if kind == _GGUF_STRING:
             return self.string()
-        if kind != 9 or depth > 1:
-            raise GgufError(f"has metadata of the unknown type {kind}")
+        if kind == _GGUF_LIST:
+            return self._list()
+        raise GgufError(f"has metadata of the unknown type {kind}")
+
+    def _list(self) -> Sequence[int]:
         kind, count = self.numbers("IQ")
-        code = _GGUF_SCALARS.get(kind, "")
-        # What is one number a layer is short; longer lists are of the vocabulary.
-        if code and count <= 1024:
-            return list(self.numbers(f"{count}{code}"))
-        if code:
-            self.at += count * struct.calcsize(code)
-            if self.at > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
-        elif kind == 8:
+        if kind == _GGUF_STRING:
             self._skip_strings(count)
-        else:
+            return range(count)
+        if kind not in _GGUF_SCALARS:
             raise GgufError(f"has a list of the unknown type {kind}")
+        code = _GGUF_SCALARS[kind]
+        # What is one number a layer is short; longer lists are of the vocabulary.
+        if count <= 1024:
+            return list(self.numbers(f"{count}{code}"))
+        self.at += count * struct.calcsize(code)
+        self._check_end(self.at)
         return range(count)
 
     def tensor(self) -> _Tensor:
@@ -3602,22 +3655,17 @@ class _GgufReader:
         return _Tensor(offset, size, name, shape)
 
 
-def _small(value: object, default: int) -> int:
-    if isinstance(value, int) and 0 < value <= 256:
-        return value
-    return default
-
-
 def _widest_layer(tensors: Iterable[_Tensor]) -> int:
     """The values that a token takes in the widest matrix of a layer."""
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for tensor in tensors:
-        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+        name, shape = tensor.name, tensor.shape
+        if not name.startswith("blk.") or len(shape) != 2:
             continue
-        what = (tensor.name + "..").split(".")[2]
+        what = (name + "..").split(".")[2]      # a hostile file may name one "blk."
         if what not in widths:
             what = ""
-        widths[what] = max(widths[what], tensor.shape[1])
+        widths[what] = max(widths[what], shape[1])
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     return max(widths.values())
@@ -3626,21 +3674,34 @@ def _widest_layer(tensors: Iterable[_Tensor]) -> int:
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
     tensors = sorted(reader.tensor() for _ in range(count))
-    starts = [tensor.offset for tensor in tensors]
     bytes_of: Dict[str, int] = {}
-    for tensor, following in zip(tensors, [*starts[1:], 0]):
+    end = following = 0                         # both count from behind the header
+    for tensor in reversed(tensors):
         size = tensor.size
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - tensor.offset)
         bytes_of[tensor.name] = size
+        end = max(end, tensor.offset + size)
+        following = tensor.offset
     data = -(-reader.at // alignment) * alignment
     return header._replace(
         tensor_bytes=sum(bytes_of.values()),
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
         widest=_widest_layer(tensors),
-        end=data + max((tensor.end for tensor in tensors), default=0),
-        tensors=bytes_of)
+        end=data + end,
+        tensors=bytes_of,
+    )
+
+
+def _architecture(meta: Mapping[str, Any]) -> str:
+    name = meta.get("general.architecture")
+    if isinstance(name, str):
+        return name
+    # Of a split file only the first part says it.
+    if not meta.get("split.no"):
+        raise GgufError("names no architecture")
+    return "-"
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
@@ -3659,7 +3720,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
-    tensors, pairs = reader.count(), reader.count()
+    tensors = reader.count()
+    pairs = reader.count()
     meta: Dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.string()
@@ -3667,36 +3729,36 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
-    parts = _small(meta.get("split.count"), 1)
-    if not tensors and parts == 1:              # the first of a split may have none
+    # The first part of a split file may have none.
+    if not tensors and _quantity(meta.get("split.count")) < 2:
         raise BrokenGgufError("holds no weights")
-    arch = meta.get("general.architecture")
-    if not isinstance(arch, str):               # of a split only the first part says it
-        if not meta.get("split.no"):
-            raise GgufError("names no architecture")
-        arch = "-"
+    arch = _architecture(meta)
     prefix = arch + "."
     keys = {}
     for key, value in meta.items():
         if key.startswith(prefix) and isinstance(value, (int, float, list)):
             keys[key[len(prefix):]] = value
+    words = 0
     tokens = meta.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, (list, range)) else 0
-    vocab = _quantity(keys.get("vocab_size", count))
-    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    alignment = _small(meta.get("general.alignment"), 32)
+    if isinstance(tokens, (list, range)):
+        words = len(tokens)
+    header = GgufHeader(arch, keys, _quantity(keys.get("vocab_size", words)))
+    alignment = _quantity(meta.get("general.alignment")) or 32
     return _with_tensors(header, reader, tensors, alignment)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
-    parts = [first, *others]
-    return first._replace(
-        tensors={name: size for part in parts for name, size in part.tensors.items()},
-        tensor_bytes=sum(p.tensor_bytes for p in parts),
-        embd_bytes=sum(p.embd_bytes for p in parts),
-        tied=all(p.tied for p in parts),
-        widest=max(p.widest for p in parts))
+    whole = first
+    for part in others:
+        whole = whole._replace(
+            tensors={**whole.tensors, **part.tensors},
+            tensor_bytes=whole.tensor_bytes + part.tensor_bytes,
+            embd_bytes=whole.embd_bytes + part.embd_bytes,
+            tied=whole.tied and part.tied,
+            widest=max(whole.widest, part.widest),
+        )
+    return whole
 
 
 def _pad(count: int) -> int:
@@ -3708,12 +3770,14 @@ class _Layers:
     """A header's hyperparameters, read as llama.cpp reads them."""
 
     def __init__(self, header: GgufHeader) -> None:
-        self.keys, self.arch = header.keys, header.arch
+        self.keys = header.keys
+        self.arch = header.arch
+        # The last layers may be those that predict further tokens: they are no part of the model.
         drafting = self.number("nextn_predict_layers")
         self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
-        self.heads = self.each("attention.head_count", [0])
+        self.heads = self.each("attention.head_count")
         self.kv_heads = self.each("attention.head_count_kv", self.heads)
         self.embd = self.number("embedding_length")
         head_size = 0
@@ -3738,15 +3802,22 @@ class _Layers:
         values += values[-1:] * self.count      # the last one stands for those behind it
         return values[:self.count]
 
+    def flags(self, key: str) -> List[bool]:
+        """A key that says yes or no of each layer; [] where the file says nothing."""
+        if not isinstance(self.keys.get(key), list):
+            return []
+        return [bool(value) for value in self.each(key)]
+
     def slides(self) -> Tuple[List[bool], int]:
         """Which layers keep only a window, and its tokens."""
         key = "attention.sliding_window_pattern"
         window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        said = self.flags(key)
+        if window and said:
+            return said, window
         every = _SWA_EVERY.get(self.arch, 0)
         if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
-        if window and isinstance(self.keys.get(key), list):
-            return [bool(slides) for slides in self.each(key)], window
         if not window or not every:
             return [False] * self.count, 0
         period = self.number(key, abs(every)) or 1
@@ -3757,9 +3828,9 @@ class _Layers:
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        key = "attention.recurrent_layers"
-        if isinstance(self.keys.get(key), list):
-            return [bool(recurs) for recurs in self.each(key)]
+        said = self.flags("attention.recurrent_layers")
+        if said:
+            return said
         usual = 0
         if self.arch.startswith(("qwen3next", "qwen35")):
             usual = 4
@@ -3776,7 +3847,10 @@ class _Layers:
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
     def state_floats(self) -> int:
-        """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
+        """What one layer keeps of a sequence: its convolution's last inputs, and its state.
+
+        Each family has keys of its own for it: RWKV, LFM2, Kimi Linear, and Mamba with its kin.
+        """
         wkv = self.number("wkv.head_size")
         if wkv:
             shifted = self.number("token_shift_count", 2)
@@ -3789,10 +3863,12 @@ class _Layers:
         if size:
             inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
             return (inputs + size) * size * max(self.heads)
-        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+        inner = self.number("ssm.inner_size")
+        state = self.number("ssm.state_size")
         group = self.number("ssm.group_count")
         inputs = max(conv, 1) - 1
-        return inputs * (inner + 2 * group * state) + state * inner
+        width = inner + 2 * group * state
+        return inputs * width + state * inner
 
 
 class _CacheLayer(NamedTuple):
@@ -3801,31 +3877,31 @@ class _CacheLayer(NamedTuple):
     layer: int
     cells: int
     k: int                                      # values
-    v: int
+    v: int                                      # likewise
     slides: bool
 
 
-def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
-    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
-    cells = _pad(ctx_size)
-    _, window = layers.slides()
-    sliding = window * load.slots + min(load.ubatch, cells)
-    return cells, _pad(min(cells, sliding))
-
-
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
-    (slides, _), recurs = layers.slides(), layers.recurs()
-    cells, sliding = _cells(layers, ctx_size, load)
-    kept = layers.count
-    kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
+    """The layers that have a cache. Source: llama-kv-cache-iswa.cpp."""
+    slides, window = layers.slides()
+    recurs = layers.recurs()
+    cells = _pad(ctx_size)
+    # A window of each slot, and what one computation adds before the old cells are free.
+    sliding = window * load.slots + min(load.ubatch, cells)
+    sliding = _pad(min(cells, sliding))
+    shared = layers.number("attention.shared_kv_layers")        # the last use the others' cache
+    kept = layers.count - shared
     # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
+    # A layer has a cache or a state; those of Falcon-H1 have both.
+    has_both = layers.arch == "falcon-h1"
     found = []
     for layer in range(kept):
         heads = layers.kv_heads[layer]
-        # A layer has a cache or a state; those of Falcon-H1 have both.
-        if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
+        if not heads:
+            continue
+        if recurs[layer] and not has_both:
             continue
         held, suffix = cells, ""
         if slides[layer]:
@@ -3837,20 +3913,20 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
 
 
 def _row_bytes(values: int, cache_type: str) -> int:
-    block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
+    block, size = _GGML_SIZES[_CACHE_TYPES[cache_type]]
     return values // block * size
 
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
     indexer = layers.number("attention.indexer.key_length")
-    found = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
+    keys = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
     if layers.latent:
-        return found
+        return keys
     v = layer.v
     if not load.flash_attn:
         v = widest_v
-    return found + _row_bytes(v, load.cache_type_v)
+    return keys + _row_bytes(v, load.cache_type_v)
 
 
 _ON_HOST = -1                                   # a place; others are cards
@@ -3862,11 +3938,13 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
 
     Source: llama-model.cpp, get_layer_buft_list.
     """
+    # The last layers go to cards, and of the cards each gets a stretch of them.
     on_cards = min(load.gpu_layers, count + 1)
+    on_host = count + 1 - on_cards
+    places = [_ON_HOST] * on_host
     whole = sum(load.split)
     bounds = [part / whole for part in itertools.accumulate(load.split)]
     last = len(load.cards) - 1
-    places = [_ON_HOST] * (count + 1 - on_cards)
     for number in range(on_cards):
         index = bisect.bisect_right(bounds, number / on_cards)
         places.append(load.cards[min(index, last)])
@@ -3879,15 +3957,14 @@ class _Placing:
     def __init__(self, count: int, load: LoadOptions) -> None:
         self.layers = _layer_places(count, load)
         self._rules: List[Tuple[Pattern[str], int]] = []
+        last = load.seen - 1
         for rule in load.overrides:
-            number = _NUMBERED.match(rule.buffer)
-            place = _ON_HOST
-            if number:
-                place = min(int(number.group(1)), load.seen - 1)
+            place = min(_place_named(rule.buffer), last)
             try:
-                self._rules.append((re.compile(rule.pattern), place))
+                pattern = re.compile(rule.pattern)
             except re.error:                    # which llama-server says itself
-                pass
+                continue
+            self._rules.append((pattern, place))
 
     def of(self, name: str, otherwise: int) -> int:
         """The place of a tensor, `otherwise` where no override names it."""
@@ -3898,11 +3975,13 @@ class _Placing:
 
     def of_layer(self, name: str) -> int:
         """The place of a tensor of a layer, or of one beside the output."""
+        output = len(self.layers) - 1
+        number = output
         found = _LAYER.match(name)
-        number = output = len(self.layers) - 1
         if found:
-            number = int(found.group(1))
-        return self.of(name, self.layers[min(number, output)])
+            # Layers that predict further tokens are behind all others, with the output.
+            number = min(int(found.group(1)), output)
+        return self.of(name, self.layers[number])
 
 
 def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
@@ -3910,7 +3989,8 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 
     The token embedding is on the host. Where it is the output, too, a card has a second copy.
     """
-    embedding, output = "token_embd.weight", placing.layers[-1]
+    embedding = "token_embd.weight"
+    output = placing.layers[-1]
     weights = header.tensor_bytes
     first = placing.of(embedding, _ON_HOST)
     held[first] += header.embd_bytes
@@ -3938,8 +4018,11 @@ def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
                  load: LoadOptions) -> Dict[int, int]:
     """Layer -> bytes of its KV cache."""
     widest_v = max((cache.v for cache in caches), default=0)
-    return {cache.layer: cache.cells * _cell_bytes(cache, layers, load, widest_v)
-            for cache in caches}
+    found = {}
+    for cache in caches:
+        cell = _cell_bytes(cache, layers, load, widest_v)
+        found[cache.layer] = cache.cells * cell
+    return found
 
 
 def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
@@ -3950,7 +4033,8 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
     layers = _Layers(header)
     of_one_slot = load._replace(slots=1)
     caches = _cache_layers(layers, ctx_size, of_one_slot)
-    windows = _cache_bytes([cache for cache in caches if cache.slides], layers, load)
+    sliding = [cache for cache in caches if cache.slides]
+    windows = _cache_bytes(sliding, layers, load)
     states = sum(layers.recurs()) * layers.state_floats() * 4
     return sum(windows.values()) + states
 
@@ -3960,18 +4044,22 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
 
     `scores`: those that each head keeps, without flash attention.
     """
+    embd = layers.embd
+    heads = max(layers.heads)
+    key = layers.key
     experts = max(layers.each("expert_used_count"))
     own_width = layers.each("feed_forward_length")
     width = max(layers.each("expert_feed_forward_length", own_width))
-    embd, heads, key = layers.embd, max(layers.heads), layers.key
-    feed_forward = 3 * max(header.widest, experts * width) + 5 * embd
+    widest = max(header.widest, experts * width)
+    feed_forward = 3 * widest + 5 * embd
     mixing = experts * (2 * embd + width) + embd            # of what the experts say
     attention = 0
     if scores:
-        kv_heads = max(layers.kv_heads)
-        attention = heads * scores + 4 * embd + 2 * key * (heads + kv_heads)
+        all_heads = heads + max(layers.kv_heads)
+        attention = heads * scores + 4 * embd + 2 * key * all_heads
     elif layers.latent:
-        attention = heads * (2 * key + layers.number("attention.kv_lora_rank"))
+        rank = layers.number("attention.kv_lora_rank")
+        attention = heads * (2 * key + rank)
     return max(feed_forward, mixing, attention)
 
 
@@ -3983,12 +4071,15 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
     """
     k_too = load.cache_type_k not in _FLOATS
     v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    values = [cache.cells * (cache.k * k_too + cache.v * v_too) for cache in caches]
-    most = 2 * max(values, default=0)
+    most = 0
+    for cache in caches:
+        values = cache.k * k_too + cache.v * v_too
+        most = max(most, cache.cells * values)
     if not most:
         return 0
     queries = max(layers.heads) * layers.key
-    return most + 5 * (queries + layers.embd) * tokens * 4
+    beside = 5 * (queries + layers.embd) * tokens
+    return most * 2 + beside * 4
 
 
 class _Buffers(NamedTuple):
@@ -4002,17 +4093,21 @@ class _Buffers(NamedTuple):
 def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
              load: LoadOptions, tokens: int) -> _Buffers:
     """`tokens`: those that are computed together."""
-    # The full cache and the sliding one have a mask each.
-    masked = {(cache.slides, cache.cells) for cache in caches}
-    mask_width = 2 if load.flash_attn else 4
-    mask = sum(cells for _, cells in masked) * tokens * mask_width
-    scores = 0
-    if not load.flash_attn:
-        scores = max((cache.cells for cache in caches), default=0)
+    # All full caches share a mask, all sliding ones another.
+    cells = {cache.slides: cache.cells for cache in caches}
+    mask_width = 4
+    scores = max(cells.values(), default=0)
+    if load.flash_attn:
+        mask_width = 2
+        scores = 0
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
         peak = max(peak, _converted_bytes(layers, caches, load, tokens))
-    return _Buffers(mask, peak, header.vocab * load.slots * 4)
+    return _Buffers(
+        mask=sum(cells.values()) * tokens * mask_width,
+        peak=peak,
+        outputs=header.vocab * load.slots * 4,
+    )
 
 
 def _context_bytes(load: LoadOptions) -> List[int]:
@@ -4038,15 +4133,21 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
     compute = (sum(buffers) + buffers.mask) * used
     # With all layers on several cards batches overlap, and each has the mask more than once.
     if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
-        compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
+        copies = used * (PIPELINED_BATCHES - 1)
+        compute += copies * buffers.mask
     host_compute = buffers.mask + buffers.outputs
     held[_ON_HOST] += host_compute + memory.cache
+    of_each = (compute - host_compute) // used
     for card in load.cards:
-        held[card] += (compute - host_compute) // used
+        held[card] += of_each
     contexts = _context_bytes(load)
-    each = tuple(size + context for size, context in zip(held, contexts))
-    return memory._replace(weights=weights, compute=compute, context=sum(contexts),
-                           host=held[_ON_HOST], each=each)
+    return memory._replace(
+        weights=weights,
+        compute=compute,
+        context=sum(contexts),
+        host=held[_ON_HOST],
+        each=tuple(size + context for size, context in zip(held, contexts)),
+    )
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
@@ -4056,8 +4157,8 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     kv_of = _cache_bytes(caches, layers, load)
     state = layers.state_floats() * 4 * load.slots
     states = [state * recurs for recurs in layers.recurs()]
-    full_cells, _ = _cells(layers, ctx_size, load)
-    buffers = _buffers(header, layers, caches, load, min(load.ubatch, full_cells))
+    tokens = min(load.ubatch, _pad(ctx_size))
+    buffers = _buffers(header, layers, caches, load, tokens)
     checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
     memory = Memory(
         weights=header.tensor_bytes,
@@ -4114,7 +4215,8 @@ class TierFit(NamedTuple):
 
 def trained_context(trained: int, tier: Tier) -> int:
     """Tokens that a tier's model can read: as trained, stretched by YaRN; 0: not known."""
-    return min(int(trained * max(tier.rope_scale, 1)), 1 << 24)
+    stretched = trained * max(tier.rope_scale, 1)
+    return min(int(stretched), 1 << 24)
 
 
 def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
@@ -4141,10 +4243,11 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
-        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
+        memory = memory_at(ctx)
+        return fits_together([needs(memory)], machine.budgets_gb)
 
-    memory = memory_at(tier.ctx_size)
-    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
+    ctx_size = tier.ctx_size
+    memory = memory_at(ctx_size)
     each_gb = needs(memory)
     on_cards_gb, host_gb = each_gb, 0.0
     if machine.host_gb:
@@ -4152,22 +4255,24 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     cards: Tuple[int, ...] = ()
     if load.seen > 1 and load.gpu_layers:
         cards = load.cards
+    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
     return TierFit(
         name=tier.name,
         source=source,
         where=where,
         need_gb=sum(on_cards_gb),
-        fits=fits(tier.ctx_size),
-        ctx_size=tier.ctx_size,
-        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        fits=fits(ctx_size),
+        ctx_size=ctx_size,
+        largest_ctx=largest_context(trained or ctx_size, fits),
         memory=memory,
         host_gb=host_gb,
-        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        checkpoint_mb=checkpoint_bytes(header, ctx_size, load) / 1e6,
         cache_mib=memory.cache // MIB,
         trained_ctx=trained,
         slots=load.slots,
         cards=cards,
-        each_gb=each_gb)
+        each_gb=each_gb,
+    )
 
 
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
@@ -4181,8 +4286,15 @@ def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) ->
     source = "size_gb"
     if not need_gb:
         source = "unknown"
-    fits = fits_together([each_gb], machine.budgets_gb)
-    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=each_gb)
+    return TierFit(
+        name=tier.name,
+        source=source,
+        where="",
+        need_gb=need_gb,
+        fits=fits_together([each_gb], machine.budgets_gb),
+        ctx_size=tier.ctx_size,
+        each_gb=each_gb,
+    )
 
 
 def _known_experts(header: GgufHeader) -> Dict[str, int]:
@@ -4192,13 +4304,16 @@ def _known_experts(header: GgufHeader) -> Dict[str, int]:
     experts = 3 * width * layers.number("expert_count")
     if not experts:
         return {}
-    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
+    heads = max(layers.heads)
+    kv_heads = max(layers.kv_heads)
+    # Q and the output have every head; K and V their own.
     attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
     in_layers = header.tensor_bytes - header.embd_bytes
     if not header.tied:                         # the output is as large
         in_layers -= header.embd_bytes
     of_all = in_layers * experts // (experts + attention)
     of_each = of_all // layers.count
+    # One name stands for all: what n_cpu_moe moves finds it.
     return {f"blk.{layer}.ffn_up_exps.weight": of_each for layer in range(layers.count)}
 
 
@@ -4215,16 +4330,19 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     # Of two names that the file begins with, the longer one says more.
     row = models[max(names, key=len)]
     keys = row["keys"]
-    size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
+    for quant, gb in row["gb"].items():
+        if quant in file:
+            size_gb = gb
+            break
     block, block_bytes = _GGML_SIZES[_Q6_K]
-    embd_bytes = row["vocab"] * keys["embedding_length"] * block_bytes // block
+    embedding = row["vocab"] * keys["embedding_length"]
     query = keys["attention.head_count"] * keys["attention.key_length"]
     header = GgufHeader(
         arch=row["arch"],
         keys=keys,
         vocab=row["vocab"],
         tensor_bytes=round(size_gb * 1e9),
-        embd_bytes=embd_bytes,
+        embd_bytes=embedding * block_bytes // block,
         tied=row["tied"],
         widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
     )
@@ -4236,20 +4354,27 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     free_mb = max(0.0, part_gb * 1000)
     checkpoints = -1
     if fit.checkpoint_mb:
+        # Half of the room is for prompts. The least has one checkpoint in it already.
         of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        more = int(free_mb / 2 / of_all_slots_mb)           # half of the room is for prompts
+        more = int(free_mb / 2 / of_all_slots_mb)
         checkpoints = min(MOST_CHECKPOINTS, 1 + more)
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    cache_mib = LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB)
-    return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
+    free_mib = int(free_mb * 1e6 / MIB)
+    return tier._replace(
+        cache_ram_mib=min(MOST_CACHE_MIB, LEAST_CACHE_MIB + free_mib),
+        ctx_checkpoints=checkpoints,
+    )
 
 
 def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
     """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
     # Prompts and checkpoints are kept in the host's memory, wherever the model is.
-    limit_gb, taken_gb = machine.budget_gb, {fit.name: fit.need_gb for fit in fits}
-    if machine.host_gb:
-        limit_gb, taken_gb = machine.host_gb, {fit.name: fit.host_gb for fit in fits}
+    limit_gb = machine.host_gb or machine.budget_gb
+    taken_gb = {}
+    for fit in fits:
+        taken_gb[fit.name] = fit.need_gb
+        if machine.host_gb:
+            taken_gb[fit.name] = fit.host_gb
     chats = {tier.name for tier in config.tiers if tier.chats}
     needs = {fit.name: fit.needs for fit in fits}
     parts_gb: Dict[str, float] = {}
@@ -4269,8 +4394,9 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     that is all the memory there is, of the host's beside a card of its own. Tiers that hold no
     conversation get none.
     """
-    by_name = {f.name: f for f in fits if f.source != "hosted"}
-    parts_gb = _cache_parts_gb(config, list(by_name.values()), machine)
+    local = [fit for fit in fits if fit.source != "hosted"]
+    by_name = {fit.name: fit for fit in local}
+    parts_gb = _cache_parts_gb(config, local, machine)
     tiers = []
     for tier in config.tiers:
         fit = by_name.get(tier.name)
@@ -4282,9 +4408,10 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
 
 def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
+    # Either is -1 where nothing has been chosen for the tier.
+    prompts_mib = max(0, tier.cache_ram_mib)
     checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
-    checkpoints_mib = checkpoints * fit.checkpoint_mb * 1e6 / MIB
-    return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
+    return prompts_mib + round(checkpoints * fit.checkpoint_mb * 1e6 / MIB)
 
 
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
@@ -4301,7 +4428,9 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
 
     `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
     """
-    most = {tier.name: trained_context(trained.get(tier.name, 0), tier) for tier in config.tiers}
+    most = {}
+    for tier in config.tiers:
+        most[tier.name] = trained_context(trained.get(tier.name, 0), tier)
     return with_served_contexts(config, most)
 
 
@@ -4321,19 +4450,18 @@ SWAPPED_BYTES = 64 * MIB                        # between two looks
 
 
 def memory_pressure(now: MemoryState, before: MemoryState) -> str:
-    """Why nothing more should be loaded, in words; "" where memory is not short.
-
-    Reading a large file makes Linux swap a little and programs wait, with plenty available.
-    """
-    swapped = now.swapped_bytes - before.swapped_bytes
-    plenty = now.available_gb > now.total_gb * 0.1
+    """Why nothing more should be loaded, in words; "" where memory is not short."""
     if now.critical:
         return "the system says that memory is critically short"
-    if swapped > SWAPPED_BYTES and not plenty:
-        return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
-    if now.stalled_pct >= STALLED_PCT and not plenty:
-        return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
-    if 0 <= now.available_gb < min(1.0, now.total_gb * 0.03):
+    # Reading a large file makes Linux swap a little and programs wait, with plenty available.
+    if now.available_gb <= now.total_gb * 0.1:
+        swapped = now.swapped_bytes - before.swapped_bytes
+        if swapped > SWAPPED_BYTES:
+            return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
+        if now.stalled_pct >= STALLED_PCT:
+            return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
+    least_gb = min(1.0, now.total_gb * 0.03)
+    if 0 <= now.available_gb < least_gb:
         return f"only {now.available_gb:.1f} GB of memory are available"
     if 0 <= now.card_free_gb < 0.1:
         return f"only {now.card_free_gb * 1000:.0f} MB are free on the card"
