@@ -12950,15 +12950,22 @@ MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one 
 _EDGE_BYTES = 64 * 1024
 # Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
 # that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
-_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
-              "--slot-prompt-similarity", "--slot-save-path")
+_NOT_IN_KV = (
+    "--port",
+    "--cache-ram",
+    "--ctx-checkpoints",
+    "--threads",
+    "--slot-prompt-similarity",
+    "--slot-save-path",
+)
 
 
-def talk_turns(values: Mapping[str, Any]) -> Any:
+def talk_turns(values: Mapping[str, Any]) -> Union[List[Any], str]:
     """What a request's prompt grows by: a list of messages, or text."""
     for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
+        turns = values.get(key)
+        if isinstance(turns, (list, str)):
+            return turns
     return ""
 
 
@@ -12967,6 +12974,7 @@ def beginning(values: Mapping[str, Any], turns: int) -> str:
     said = talk_turns(values)
     if not turns or len(said) < turns:
         return ""
+    # A prompt begins with these, wherever the request has them.
     above = [values.get("system"), values.get("instructions"), values.get("tools")]
     return digest_of(json.dumps([above, said[:turns]]))
 
@@ -12974,32 +12982,29 @@ def beginning(values: Mapping[str, Any], turns: int) -> str:
 class Talk(NamedTuple):
     """A conversation that a loaded model has answered, as it was asked last."""
 
-    target: str
-    body: bytes
-    turns: int                                  # messages, or characters of a plain prompt
-    begins: str                                 # what beginning() says of all these
-    prompt: int                                 # tokens
-    tokens: int                                 # of prompt and answer
     at: float                                   # when, in seconds since 1970
+    target: str = ""
+    body: bytes = b""
+    turns: int = 0                              # messages, or characters of a plain prompt
+    begins: str = ""                            # what beginning() says of all these
+    prompt: int = 0                             # tokens
+    tokens: int = 0                             # of prompt and answer
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
-
-
 class Parked(NamedTuple):
     """A saved slot, as the .json beside its .kv tells it."""
 
-    slot: int
-    tokens: int
-    edges: str                                  # of the .kv, see file_edges
-    turns: int                                  # of the conversation in it, see Talk
-    begins: str
-    prompt: int
-    body_bytes: int                             # of its last request
+    slot: int = 0
+    tokens: int = 0
+    edges: str = ""                             # of the .kv, see file_edges
+    turns: int = 0                              # of the conversation in it, see Talk
+    begins: str = ""
+    prompt: int = 0
+    body_bytes: int = 0                         # of its last request
 
     def goes_on_in(self, values: Mapping[str, Any]) -> bool:
         """Whether a request begins with all of its conversation."""
@@ -13008,15 +13013,11 @@ class Parked(NamedTuple):
 
 def parse_parked(row: Mapping[str, Any]) -> Parked:
     """Errors: KeyError, TypeError, ValueError for what is no row of this version."""
-    return Parked(
-        slot=int(row["slot"]),
-        tokens=int(row["tokens"]),
-        edges=str(row["edges"]),
-        turns=int(row["turns"]),
-        begins=str(row["begins"]),
-        prompt=int(row["prompt"]),
-        body_bytes=int(row["body_bytes"]),
-    )
+    values = []
+    for name, usual in Parked()._asdict().items():
+        kind = type(usual)                      # a field's default is of its type
+        values.append(kind(row[name]))
+    return Parked(*values)
 
 
 def parked_dir(data: str) -> str:
@@ -13047,41 +13048,50 @@ def file_edges(path: str) -> str:
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     program = command[:command.index("--host")]
-    settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    changed = str(os.stat(weights).st_mtime_ns)
-    facts = [build_stamp(program), file_edges(weights), changed, *settings]
-    for flag, word in zip(["", *command], command):
-        if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
+    changed = os.stat(weights).st_mtime_ns
+    facts = [build_stamp(program), file_edges(weights), str(changed)]
+    # llama-server takes each of its flags from the environment, too.
+    for name in sorted(env):
+        if name.startswith("LLAMA_ARG_"):
+            facts.append(f"{name}={env[name]}")
+    before = ""
+    for word in command:
+        if not {before, word}.intersection(_NOT_IN_KV):
             facts.append(word)
+        before = word
     return digest_of(*facts)
 
 
-def _names_in(directory: str) -> List[str]:
+def _names_in(directory: str, ending: str) -> List[str]:
+    """The files of a directory that may not be there."""
     try:
-        return sorted(os.listdir(directory))
+        names = os.listdir(directory)
     except OSError:
         return []
+    return sorted(name for name in names if name.endswith(ending))
 
 
 def parking_notes(data: str) -> Dict[str, str]:
     """Model -> why nothing of it is parked."""
     notes = {}
-    for name in _names_in(parked_dir(data)):
-        if name.endswith(".off"):
-            said = _read_json(os.path.join(parked_dir(data), name))
-            notes[str(said.get("model"))] = f"off: {visible(str(said.get('why')))}"
+    directory = parked_dir(data)
+    for name in _names_in(directory, ".off"):
+        said = _read_json(os.path.join(directory, name))
+        why = visible(str(said.get("why")))
+        notes[str(said.get("model"))] = f"off: {why}"
     return notes
 
 
 def forget_parked(data: str) -> int:
     """Delete every parked conversation; returns the bytes. Errors: UserError."""
     freed = 0
-    for name in _names_in(parked_dir(data)):
-        path = os.path.join(parked_dir(data), name)
+    directory = parked_dir(data)
+    for name in _names_in(directory, ""):
+        path = os.path.join(directory, name)
         freed += file_size(path)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except FileNotFoundError:               # a daemon has saved it anew, or dropped it
             pass
         except OSError as exc:
             raise path_error("delete", path, exc) from None
@@ -13090,8 +13100,11 @@ def forget_parked(data: str) -> int:
 
 def io_bytes(pid: int, count: str) -> int:
     """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
-    found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
+    said = read_text(f"/proc/{pid}/io")
+    found = re.search(rf"^{count}: ([0-9]+)", said, re.MULTILINE)
+    if not found:
+        return -1
+    return int(found.group(1))
 
 
 def _changed_s(path: str) -> float:
@@ -13112,14 +13125,13 @@ class Speeds:
     """
 
     READ_STEPS = (0, 8_192, 32_768, 131_072)
-    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
-    MOST = 64                                   # models, builds and flags
+    READ_NAMES = ("read", "read8192", "read32768", "read131072")
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
         self._lock = threading.Lock()
-        self._rows: Dict[str, Any] = {}
-        self._news: Set[str] = set()            # identities of what is not written yet
+        self._rows: Dict[str, Any] = {}         # those used last are the last
+        self._news: Dict[str, Any] = {}         # of these, what is not written yet
         self._read_s = 0.0                      # when what has been read was written
         self._take_in()
 
@@ -13130,13 +13142,14 @@ class Speeds:
             return
         with self._lock:
             rows = _read_json(self._path)
-            for identity in [name for name in self._rows if name in self._news]:
-                rows.pop(identity, None)        # what is news goes behind all others
-                rows[identity] = self._rows[identity]
-            self._rows, self._read_s = rows, changed_s
+            for identity, row in self._news.items():
+                rows = newest_rows(rows, identity, row)
+            self._rows = rows
+            self._read_s = changed_s
 
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
-        found = dict_of(self._rows.get(identity)).get(what)
+        row = dict_of(self._rows.get(identity))
+        found = row.get(what)
         if isinstance(found, (int, float)) and found > 0:
             return float(found)
         return otherwise
@@ -13146,20 +13159,22 @@ class Speeds:
         known = self.get(identity, what, value)
         learnt = known + (value - known) / 3
         with self._lock:
-            row = dict_of(self._rows.pop(identity, None))
-            self._rows[identity] = {**row, "model": model, what: round(learnt, 2)}
-            self._news.add(identity)
+            row = dict_of(self._rows.get(identity))
+            row = {**row, "model": model, what: round(learnt, 2)}
+            self._rows = newest_rows(self._rows, identity, row)
+            self._news = newest_rows(self._news, identity, row)
 
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
         own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        shorter, longer = cls.READ_NAMES[own::-1], cls.READ_NAMES[own + 1:]
+        shorter = cls.READ_NAMES[own::-1]
+        longer = cls.READ_NAMES[own + 1:]
         return [*shorter, *longer]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        for name in self._read_names(max(tokens, 0)):
+        for name in self._read_names(tokens):
             per_s = self.get(identity, name)
             if per_s:
                 return per_s
@@ -13187,7 +13202,8 @@ class Speeds:
 
     def model_of(self, identity: str) -> str:
         """The model that an identity was last of, "" where it is not known."""
-        return str(dict_of(self._rows.get(identity)).get("model", ""))
+        row = dict_of(self._rows.get(identity))
+        return str(row.get("model", ""))
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
@@ -13203,19 +13219,14 @@ class Speeds:
         with self._lock:
             if not self._news:
                 return
-            self._news.clear()
-            self._rows = dict(list(self._rows.items())[-self.MOST:])
+            self._news = {}
             write_atomic(self._path, json.dumps(self._rows, indent=1))
             self._read_s = _changed_s(self._path)
 
 
-def _stem_parts(name: str) -> Tuple[str, int]:
-    """IDENTITY-N.kv -> (IDENTITY, N)."""
-    stem = name.rpartition(".")[0]
-    identity, _, number = stem.rpartition("-")
-    if not number.isdigit():
-        return identity, -1
-    return identity, int(number)
+def _identity_in(name: str) -> str:
+    """IDENTITY-N.kv -> IDENTITY."""
+    return name.rpartition("-")[0]
 
 
 class Parking:
@@ -13229,13 +13240,14 @@ class Parking:
         self.speeds = Speeds(data)
         self.parks = config.park_gb > 0
         self.every_s = config.park_every_min * 60
-        self._most_bytes, self._after_s = config.park_gb * 1e9, config.park_after_s
-        self._lock = threading.Lock()
+        self._most_bytes = config.park_gb * 1e9
+        self._after_s = config.park_after_s
+        self._lock = threading.Lock()           # of the room there is
         if self.parks:
             make_private_dir(self.directory)
-        for name in _names_in(self.directory):  # half a save, of a daemon that was killed
-            if name.endswith(".tmp"):
-                _remove(self.path(name))
+        # Half a save, of a daemon that was killed.
+        for name in _names_in(self.directory, ".tmp"):
+            _remove(self.path(name))
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -13246,7 +13258,9 @@ class Parking:
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
         per_s = self.speeds.reading(identity, tokens)
-        return self.parks and per_s > 0 and tokens / per_s > self._after_s
+        if not self.parks or not per_s:
+            return False
+        return tokens / per_s > self._after_s
 
     # ---- files
 
@@ -13254,16 +13268,17 @@ class Parking:
         return os.path.exists(self.path(identity + ".off"))
 
     def turn_off(self, identity: str, model: str, why: str) -> None:
-        write_atomic(self.path(identity + ".off"), json.dumps({"model": model, "why": why}))
+        """Park nothing more under an identity, and drop what is there. Errors: UserError."""
+        note = json.dumps({"model": model, "why": why})
+        write_atomic(self.path(identity + ".off"), note)
         for parked in self.saved(identity):
             self.drop(identity, parked.slot)
 
     def try_again(self, identity: str, model: str) -> None:
         """What was said of another build of llama.cpp, or other weights, holds no longer."""
-        for name in _names_in(self.directory):
+        for name in _names_in(self.directory, ".off"):
             path = self.path(name)
-            other = name.endswith(".off") and name != identity + ".off"
-            if other and _read_json(path).get("model") == model:
+            if name != identity + ".off" and _read_json(path).get("model") == model:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
@@ -13273,20 +13288,25 @@ class Parking:
         from those that are under way.
         """
         found = []
-        for name in _names_in(self.directory):
-            if not name.endswith(".json") or _stem_parts(name)[0] != identity:
+        for name in _names_in(self.directory, ".json"):
+            if _identity_in(name) != identity:
                 continue
+            path = self.path(name)
             try:
-                found.append(parse_parked(_read_json(self.path(name))))
+                found.append(parse_parked(_read_json(path)))
             except (KeyError, TypeError, ValueError):           # of another version
-                _remove(self.path(name))
-        found.sort(key=lambda parked: parked.tokens, reverse=True)
-        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
+                _remove(path)
+
+        def age(parked: Parked) -> Tuple[float, int]:
+            return self.used(identity, parked.slot), parked.tokens
+
+        return sorted(found, key=age, reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
         """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
-        for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
+        names = _names_in(self.directory, ".json")
+        for identity in set(map(_identity_in, names)):
             for parked in self.saved(identity):
                 rows.append({
                     "tier": self.speeds.model_of(identity),
@@ -13298,23 +13318,29 @@ class Parking:
         return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
+        """Whether its file has the beginning and the end that it was kept with."""
         try:
-            return file_edges(self.slot_path(identity, parked.slot)) == parked.edges
+            edges = file_edges(self.slot_path(identity, parked.slot))
         except OSError:
             return False
+        return edges == parked.edges
 
     def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
         """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
         stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
         os.utime(temporary, (used, used))
+        # This one first: a .kv of which nothing is known is never restored.
         write_atomic(stem + ".json", json.dumps(parked._asdict()))
         replace_file(temporary, stem + ".kv")
         self.make_room()
 
+    def _drop_stem(self, stem: str) -> None:
+        _remove(self.path(stem + ".kv"))
+        _remove(self.path(stem + ".json"))
+
     def drop(self, identity: str, slot: int) -> None:
-        for end in (".kv", ".json"):
-            _remove(self.path(f"{identity}-{slot}{end}"))
+        self._drop_stem(f"{identity}-{slot}")
 
     def used(self, identity: str, slot: int) -> float:
         """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
@@ -13325,19 +13351,20 @@ class Parking:
         import shutil
         with self._lock:
             files = []
-            for name in _names_in(self.directory):
-                if name.endswith(".kv"):
-                    status = os.stat(self.path(name))
-                    files.append((status.st_mtime_ns, name, status.st_size))
-            total = sum(size for _, _, size in files)
-            free = shutil.disk_usage(self.directory).free
-            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            total = 0
+            for name in _names_in(self.directory, ".kv"):
+                status = os.stat(self.path(name))
+                files.append((status.st_mtime_ns, name, status.st_size))
+                total += status.st_size
+            # What is parked already may be dropped for it, so its bytes count as free.
+            free = shutil.disk_usage(self.directory).free + total
+            room = min(self._most_bytes, free - PARKED_LEAST_FREE_BYTES)
             if more_bytes > room:
                 return False
             for _, name, size in sorted(files):                 # the longest unused first
                 if total + more_bytes <= room:
                     break
-                self.drop(*_stem_parts(name))
+                self._drop_stem(name[:-len(".kv")])
                 total -= size
         return True
 
@@ -13351,14 +13378,13 @@ def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
         return None
 
 
-def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
+def model_pace(parking: Parking, identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
-    if parking is None or not identity:
-        return Pace()
-    per_s = parking.speeds.reading(identity, tokens)
-    load_s = parking.speeds.load_s(identity)
-    keeps = parking.worth(identity, tokens) and not parking.off(identity)
-    return Pace(per_s, load_s, False, keeps)
+    return Pace(
+        read_per_s=parking.speeds.reading(identity, tokens),
+        load_s=parking.speeds.load_s(identity),
+        keeps=parking.worth(identity, tokens) and not parking.off(identity),
+    )
 
 
 class Slot(NamedTuple):
@@ -13373,7 +13399,8 @@ class Numbers:
     """Under which number a slot is saved, and so into which slot it comes back."""
 
     def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
-        self._slots, self._saved = slots, saved
+        self._slots = slots
+        self._saved = saved                     # the last used first
         self.used: List[int] = []               # in this round
 
     def left(self) -> List[int]:
@@ -13385,18 +13412,19 @@ class Numbers:
         The file of its slot may hold another conversation, which was restored there and has left
         for the host's cache as this one was asked.
         """
-        values, left = parse_json_object(talk.body), self.left()
+        values = parse_json_object(talk.body)
+        left = self.left()
         kept = [parked for parked in self._saved if parked.slot in left]
         for parked in kept:
             if parked.goes_on_in(values):
                 return parked.slot
-        taken = {parked.slot for parked in kept}
+        taken = [parked.slot for parked in kept]
         empty = [number for number in left if number not in taken]
         if slot in empty or not left:
             return slot
         if empty:
             return empty[0]
-        return kept[-1].slot
+        return taken[-1]
 
 
 class Bay:
@@ -13404,15 +13432,18 @@ class Bay:
 
     def __init__(self, parking: Parking, tier: Tier, identity: str, upstream: Upstream,
                  log: Log) -> None:
-        self._parking, self._log = parking, log
-        self._name, self._context = tier.name, tier.ctx_size
-        self.identity, self._upstream = identity, upstream
+        self._parking = parking
+        self._name = tier.name
+        self._context = tier.ctx_size
+        self.identity = identity
+        self._upstream = upstream
+        self._log = log
         self.parks = parking.parks              # its server may know nothing of it
         self.tokens = 0                         # of the last answer, with its prompt
-        self._talks: List[Talk] = []
+        self._lock = threading.Lock()           # of the three below
+        self._talks: List[Talk] = []            # the one asked last is the last
         self._restored: List[Parked] = []       # until the first answer has proved it
         self._asked = 0                         # requests
-        self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
         self._saved_at = self._answered_at = time.monotonic()
 
@@ -13420,35 +13451,43 @@ class Bay:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
         return not any(slot.tokens or slot.is_busy for slot in self._slots())
 
+    def _restore_file(self, parked: Parked) -> int:
+        """The status with which a parked conversation is restored; 0 for no answer."""
+        name = f"{self.identity}-{parked.slot}.kv"
+        try:
+            status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
+        except (OSError, ValueError):
+            return 0
+        return status
+
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
-        parking, identity = self._parking, self.identity
+        parking = self._parking
+        identity = self.identity
         parking.try_again(identity, self._name)
-        left, began = self._context, time.monotonic()
+        began = time.monotonic()
+        tokens = 0
         for parked in parking.saved(identity):
             if not parking.intact(identity, parked):
                 parking.drop(identity, parked.slot)
                 continue
-            if parked.tokens > left:            # it would throw out one that is back already
+            # It would throw out one that is back already.
+            if tokens + parked.tokens > self._context:
                 continue
-            status, name = 0, f"{identity}-{parked.slot}.kv"
-            try:
-                status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
-            except (OSError, ValueError):
-                pass
-            if status != 200:
-                self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
-                                  f" is answered {status or 'not at all'}")
-                parking.drop(identity, parked.slot)
-            if not status:
-                return False
+            status = self._restore_file(parked)
             if status == 200:
                 self._restored.append(parked)
-                left -= parked.tokens
+                tokens += parked.tokens
+                continue
+            self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
+                              f" is answered {status or 'not at all'}")
+            parking.drop(identity, parked.slot)
+            if not status:
+                return False
         if self._restored:
-            tokens = sum(parked.tokens for parked in self._restored)
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "restored", tokens / max(took_s, 1e-3))
+            per_s = tokens / max(took_s, 1e-3)
+            parking.speeds.note(identity, self._name, "restored", per_s)
             self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
                            f" conversations in {took_s:.2f} s")
         return True
@@ -13459,9 +13498,11 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
+        # What is not known yet this request may teach.
         if self._restored or not self._parking.speeds.reading(self.identity, 0):
             return True
-        return self._parking.worth(self.identity, body_bytes // 2)
+        most_tokens = body_bytes // 2
+        return self._parking.worth(self.identity, most_tokens)
 
     def make_findable(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13471,10 +13512,13 @@ class Bay:
         there only as a task begins: one of a single token, here.
         """
         with self._lock:
-            restored = self._restored if self._asked == 1 else []
-        values = parse_json_object(body) if restored else {}
-        found = [parked for parked in restored if parked.goes_on_in(values)]
-        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            if self._asked > 1:
+                return
+            restored = self._restored
+        least_bytes = SURE_SIMILARITY * len(body)
+        short = [parked for parked in restored if parked.body_bytes < least_bytes]
+        values = parse_json_object(body)
+        if not any(parked.goes_on_in(values) for parked in short):
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
@@ -13484,18 +13528,16 @@ class Bay:
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
-        parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
-        parking.speeds.note_answer(identity, self._name, counts)
-        tokens = self.tokens = counts.prompt + counts.output
+        self._parking.speeds.note_answer(self.identity, self._name, counts)
+        self.tokens = counts.prompt + counts.output
         with self._lock:
-            restored, self._restored = self._restored, []
+            restored = self._restored
+            self._restored = []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
-            return
-        is_worth = parking.worth(identity, counts.prompt)
-        if not (is_worth or restored):
+        is_worth = self._parking.worth(self.identity, counts.prompt)
+        if not body or not (is_worth or restored):
             return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
@@ -13503,15 +13545,16 @@ class Bay:
         if not turns or not is_worth:
             return
         talk = Talk(
+            at=time.time(),
             target=target,
             body=body,
             turns=turns,
             begins=beginning(values, turns),
             prompt=counts.prompt,
-            tokens=tokens,
-            at=time.time(),
+            tokens=self.tokens,
         )
         with self._lock:
+            # A conversation has grown: what it was before is the beginning of what it is now.
             others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
             self._talks = [*others, talk][-MAX_TALKS:]
 
@@ -13534,7 +13577,8 @@ class Bay:
 
     def pace(self, tokens: int) -> Pace:
         """What is known of the model with a prompt of so many tokens, now that it is loaded."""
-        return model_pace(self._parking, self.identity, tokens)._replace(loaded=True)
+        cold = model_pace(self._parking, self.identity, tokens)
+        return cold._replace(loaded=True)
 
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
@@ -13548,11 +13592,11 @@ class Bay:
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
-        if not self.parks:
-            return
-        now, every_s = time.monotonic(), self._parking.every_s
+        now = time.monotonic()
         has_news = self._answered_at > self._saved_at
-        if has_news and 0 < every_s < now - self._saved_at:
+        if not self.parks or not has_news:
+            return
+        if 0 < self._parking.every_s < now - self._saved_at:
             self._saved_at = now
             in_background(f"park {self._name}", self.save, False)
 
@@ -13579,22 +13623,27 @@ class Bay:
         saved = self._parking.saved(self.identity)
         numbers = Numbers([slot.number for slot in slots], saved)
         elsewhere = self._save_held(slots, numbers, ending, end)
+        # To bring one out of the cache needs a slot, and nobody may be asking.
         if ending and not any(slot.is_busy for slot in slots):
             self._save_cached(elsewhere, numbers, end)
         if numbers.used:
+            took_s = time.monotonic() - began
             self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {time.monotonic() - began:.2f} s")
+                           f" in {took_s:.2f} s")
 
     def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
                    end: float) -> List[Talk]:
         """Save what the slots hold; the conversations that none of them holds."""
         per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
-        unknown = NO_TALK._replace(at=time.time())
+        unknown = Talk(time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot in slots:
-            talk = next((talk for talk in talks if talk.is_in(slot.tokens)), unknown)
-            talks = [other for other in talks if other is not talk]
+            held = [talk for talk in talks if talk.is_in(slot.tokens)]
+            talk = unknown
+            if held:
+                talk = held[0]
+                talks.remove(talk)
             is_quick = slot.tokens / per_s < 1
             if slot.is_busy or not (ending or is_quick):
                 continue
@@ -13617,14 +13666,16 @@ class Bay:
 
     def _slots(self) -> List[Slot]:
         """The slots of its server, the longest first. Errors: OSError, ValueError."""
-        rows = json.loads(self._upstream.get("/slots", 2.0)[1])
+        _, said = self._upstream.get("/slots", 2.0)
+        rows = json.loads(said)
         if not isinstance(rows, list):
             raise ValueError("llama-server tells nothing of its slots")
         found = []
-        for row in rows:
-            if isinstance(row, dict) and isinstance(row.get("id"), int):
+        for row in map(dict_of, rows):
+            number = row.get("id")
+            if isinstance(number, int):
                 tokens = _quantity(row.get("n_prompt_tokens"))
-                found.append(Slot(row["id"], tokens, row.get("is_processing") is True))
+                found.append(Slot(number, tokens, row.get("is_processing") is True))
         return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
@@ -13641,17 +13692,18 @@ class Bay:
 
         It may take as long as reading it again would, no longer.
         """
-        parking, identity = self._parking, self.identity
+        parking = self._parking
+        identity = self.identity
         number = numbers.choose(slot, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        again_s = tokens / (parking.speeds.reading(identity, tokens) or 1.0)
-        timeout_s = max(min(again_s, end - began), 0.1)
+        per_s = parking.speeds.reading(identity, tokens) or 1.0
+        timeout_s = min(tokens / per_s, end - began)
         try:
             if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
                 return
-            saved = self._write_slot(slot, name, timeout_s)
+            saved = self._write_slot(slot, name, max(timeout_s, 0.1))
             took_s = time.monotonic() - began
             parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
             parking.speeds.note(identity, self._name, "saved", saved / took_s)
@@ -13701,9 +13753,11 @@ class Bay:
         limit = "max_tokens"
         if "/responses" in talk.target:
             limit = "max_output_tokens"
-        values.update({limit: 1, "stream": False})
+        values[limit] = 1
+        values["stream"] = False
         body = json.dumps(values).encode()
-        timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
+        left_s = end - time.monotonic()
+        timeout_s = min(PULL_S, max(left_s, 0.1))
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
