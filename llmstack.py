@@ -11897,14 +11897,17 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
-    own = config.settings.get("llama_server_bin", "")
-    named = own or env.get("LLAMA_SERVER_BIN", "")
+    where = "llama_server_bin in models.ini"
+    named = config.settings.get("llama_server_bin")
+    if not named:
+        where = "LLAMA_SERVER_BIN"
+        named = env.get(where)
     if named:
         found = _expand(named)
+        # A mere name is meant for PATH, not for the directory that we stand in.
         if os.path.basename(named) == named:
             found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
-            where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here",
                             "correct it, or leave it out to search PATH", 2)
         return (found,)
@@ -11913,7 +11916,8 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         return (found,)
     if not environment_ready(LLAMA_CPP, data):
         return ()
-    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
+    python = environment_program(LLAMA_CPP, data)
+    return tuple(guest_command(python, "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -11936,13 +11940,14 @@ LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can b
                      " `llmstack start --demo`")
 OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
 MAX_PROBED_BUILDS = 8                           # whose answers are kept
-_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
+# Any value of these is as good to ask with: flags are asked anew for none of them.
+_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")
 
 
-def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bool:
+def _takes_flags(program: Sequence[str], flags: Iterable[Flag]) -> bool:
     """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
     import subprocess
-    words = [word for flag in flags for word in flag]
+    words = itertools.chain.from_iterable(flags)
     mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
         ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
@@ -11951,24 +11956,28 @@ def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bo
     return ended.returncode == 0
 
 
-def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) -> Set[str]:
+def _ask_flags(program: Sequence[str], groups: Mapping[str, Flag]) -> Set[str]:
     """The names of those that a llama-server refuses, of replacements too. Errors: UserError.
 
     `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
     drop flags, so all are tried together first, and one by one only where that fails.
     """
-    takes = functools.partial(_takes_flags, program)
-    if not takes(()):
+    if not _takes_flags(program, ()):
         raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
-    if takes(groups.values()):
+    if _takes_flags(program, groups.values()):
         return set()
-    replacements = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
-    # The usual case takes three runs, not one a flag.
-    if takes(replacements.get(name, flag) for name, flag in groups.items()):
-        return {name for name in replacements if not takes([groups[name]])}
-    refused = {name for name, flag in groups.items() if not takes([flag])}
-    for name, other in replacements.items():
-        if name in refused and not takes([other]):
+    others = {name: other for name, other in FLAG_REPLACEMENTS.items() if name in groups}
+    # A build that refuses one of these takes its replacement, as a rule, and all the rest.
+    doubtful = dict(groups)
+    if _takes_flags(program, {**groups, **others}.values()):
+        doubtful = {name: groups[name] for name in others}
+    refused = set()
+    for name, flag in doubtful.items():
+        if _takes_flags(program, [flag]):
+            continue
+        refused.add(name)
+        other = others.get(name)
+        if other and not _takes_flags(program, [other]):
             refused.add(other[0])
     return refused
 
@@ -11980,27 +11989,30 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     """
     if not program:
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    try:
+        stamp = build_stamp(program)
+    except OSError as exc:
+        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     flags = common_flags(config)
     for tier in local_tiers(config):
         flags += all_flags(tier, config)
     if config.park_gb:
         flags.append(("--slot-save-path", data))
     groups = {flag[0]: flag for flag in flags}
-    try:
-        stamp = build_stamp(program)
-    except OSError as exc:
-        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
-    cache_path = os.path.join(data, "flags.json")
-    cache = _read_json(cache_path)
-    known = dict_of(cache.get(stamp))
-    asked = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
+    asked = {}
+    for name, flag in groups.items():
+        if name not in _BY_TIER:
+            asked[name] = " ".join(flag)
+    path = os.path.join(data, "flags.json")
+    rows = _read_json(path)
+    known = dict_of(rows.pop(stamp, None))
     if known.get("asked") == asked:
         return frozenset(known["refused"])
     refused = _ask_flags(program, groups)
-    others = [key for key in cache if key != stamp][:MAX_PROBED_BUILDS - 1]
-    rows = {stamp: {"asked": asked, "refused": sorted(refused)}}
-    rows.update((key, cache[key]) for key in others)
-    write_atomic(cache_path, json.dumps(rows, indent=1))
+    newest = {stamp: {"asked": asked, "refused": sorted(refused)}}
+    others = itertools.islice(rows.items(), MAX_PROBED_BUILDS - 1)
+    newest.update(others)
+    write_atomic(path, json.dumps(newest, indent=1))
     return frozenset(refused)
 
 
@@ -12010,10 +12022,11 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     for tier in local_tiers(config):
         try:
             program = find_llama_server(tier_config(config, tier), env, data)
-            refused = probe_flags(program, config, data) if program else frozenset()
+            refused = probe_flags(program, config, data)
         except UserError:                       # said elsewhere
             continue
-        notes += refused_settings(config._replace(tiers=(tier,)), refused)
+        alone = config._replace(tiers=(tier,))
+        notes += refused_settings(alone, refused)
     return notes
 
 
@@ -12021,8 +12034,9 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # FIT
 # ==================================================================================================
 # The hub, its cache on this disk, and what each tier takes by the header of its file in either.
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
-# Nothing is fetched here but headers; extras/download.py brings files.
+# Headers are read anew each time, 40 ms for a vocabulary of 152,000, but where `status` would wait
+# for them all: see trained_contexts. Nothing is fetched here but headers; extras/download.py brings
+# files.
 #
 # Behind that stands what use has taught of a tier: whether drafting pays, and what `probe` has
 # measured. Either is kept under a name for machine, weights, build and flags together, so it ends
@@ -12036,6 +12050,17 @@ _CACHE_VARIABLES = (                            # the first that is set, and the
     ("HF_HOME", "hub"),
     ("XDG_CACHE_HOME", "huggingface/hub"),
 )
+
+
+MAX_PROBES = 64                                 # measurements that are kept
+
+
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
+    kept = {**rows}
+    kept.pop(identity, None)                    # behind all others again, not where it was
+    kept[identity] = row
+    return dict(list(kept.items())[-MAX_PROBES:])
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
@@ -12058,7 +12083,9 @@ def _projector_in(directory: str) -> str:
         found = choose_projector(os.listdir(directory))
     except OSError:
         return ""
-    return os.path.join(directory, found) if found else ""
+    if not found:
+        return ""
+    return os.path.join(directory, found)
 
 
 def local_file(cache: str, repo: str, file: str) -> str:
@@ -12068,27 +12095,33 @@ def local_file(cache: str, repo: str, file: str) -> str:
     """
     folder = repo_dir(cache, repo)
     commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    if not commit:
+        return ""
     snapshot = os.path.join(folder, "snapshots", commit)
     if file == ANY_PROJECTOR:
-        return _projector_in(snapshot) if commit else ""
+        return _projector_in(snapshot)
     path = os.path.join(snapshot, *file.split("/"))
-    if commit and os.path.isfile(path):
+    if os.path.isfile(path):
         return path
     return ""
 
 
 def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
     """Where each file of a tier's model lies on this disk, "" for one that is not here."""
-    if weights.path:
-        return [weights.path if os.path.isfile(weights.path) else ""]
-    cache = hub_cache_dir(env)
-    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+    if not weights.path:
+        cache = hub_cache_dir(env)
+        return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+    if os.path.isfile(weights.path):
+        return [weights.path]
+    return [""]
 
 
 def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     """The first file of a tier's model where all of it is on this disk, else ""."""
     parts = local_parts(weights, env)
-    return parts[0] if all(parts) else ""
+    if not all(parts):
+        return ""
+    return parts[0]
 
 
 def fetching_words(tier: Tier) -> str:
@@ -12138,6 +12171,7 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
     if parts is None:
         raise Unreachable(f"{what} has no address that can be asked: {url}",
                           "give it one that begins with https://")
+    host = parts.group(1)
     request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
     for name, value in headers.items():
         if name == "Authorization":             # not sent on when it leads elsewhere
@@ -12145,20 +12179,22 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
         else:
             request.add_header(name, value)
     ask: Any = urllib.request.urlopen
-    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
-        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    if is_loopback(host):                       # a proxy would look for it on its own machine
+        no_proxy = urllib.request.ProxyHandler({})
+        ask = urllib.request.build_opener(no_proxy).open
     try:
         return ask(request, timeout=timeout_s)
     except urllib.error.HTTPError:
         raise
     except (OSError, ValueError) as exc:
+        # A URLError has the error of the socket as its reason; that one's words say more.
         cause = getattr(exc, "reason", exc)
         reason = str(getattr(cause, "strerror", None) or cause)
         hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
         if "CERTIFICATE_VERIFY" in reason:
             hint = ("this Python has no certificates: run its Install Certificates.command,"
                     " or set SSL_CERT_FILE")
-        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+        raise Unreachable(f"{what} cannot be reached at {host}: {reason}", hint) from None
 
 
 def _part_header(path: str) -> GgufHeader:
@@ -12170,33 +12206,39 @@ def _part_header(path: str) -> GgufHeader:
             return file.read(count)
 
         header = parse_gguf_header(read)
-    if file_size(path) < header.end:
-        raise BrokenGgufError(f"is not whole: {file_size(path):,} of {header.end:,} bytes")
+    size = file_size(path)
+    if size < header.end:
+        raise BrokenGgufError(f"is not whole: {size:,} of {header.end:,} bytes")
     return header
 
 
 def local_header(path: str) -> GgufHeader:
     """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
-    first = _part_header(path)
-    return merge_headers(first, map(_part_header, split_parts(path)[1:]))
+    further = split_parts(path)[1:]
+    return merge_headers(_part_header(path), map(_part_header, further))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
     """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    last = first + count - 1
+    headers = {"Range": f"bytes={first}-{last}"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     try:
         with open_url(url, headers, "the model hub", timeout_s=10) as answer:
-            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
+            skip = first                        # no ranges there: as far as is needed
+            if answer.status == 206:
+                skip = 0
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        hint = ""
+        if exc.code in (401, 403):
+            hint = ": set HF_TOKEN"
         raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
@@ -12222,12 +12264,14 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """
     token = hub_token(env)
 
-    def one(name: str) -> GgufHeader:
-        url, held = hub_url(weights.repo, name, env), bytearray()
+    def part_header(name: str) -> GgufHeader:
+        url = hub_url(weights.repo, name, env)
+        held = bytearray()
 
         def read(offset: int, count: int) -> bytes:
             end = offset + count
             while len(held) < end <= MAX_GGUF_HEADER_BYTES:
+                # Each range is as long as all before it: a vocabulary takes five requests.
                 more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
                 if not more:
                     break
@@ -12236,13 +12280,14 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
+    further = split_parts(weights.file)[1:]
+    return merge_headers(part_header(weights.file), map(part_header, further))
 
 
 def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
-        return _projector_in(os.path.dirname(model)) if model else ""
+        return _projector_in(os.path.dirname(model))
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -12255,16 +12300,18 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
 
     A draft has a KV cache of its own, as long as the model's.
     """
+    draft = tier.settings.get("draft")
     found: List[int] = []
 
     def count(name: str) -> str:
         path = _further_file(name, model, env)
+        if name != draft:
+            found.append(file_size(path))
+            return name
+        load = load_options(tier, config, machine)
         try:
-            if name == tier.settings.get("draft"):
-                load = load_options(tier, config, machine)
-                found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
-            elif path:
-                found.append(file_size(path))
+            memory = estimate_memory(local_header(path), tier.ctx_size, load)
+            found.append(memory.total)
         except (GgufError, OSError):            # loading says what is wrong with it
             pass
         return name
@@ -12273,12 +12320,13 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
     return sum(found)
 
 
-def _predicts_tokens(path: str) -> bool:
-    """Whether a GGUF has layers for multi-token prediction."""
+def _header_number(path: str, key: str) -> int:
+    """What a GGUF's header says under a key of its architecture; 0 where that cannot be read."""
     try:
-        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
-    except (GgufError, OSError):
-        return False
+        header = local_header(path)
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+    return _quantity(header.keys.get(key))
 
 
 def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
@@ -12303,7 +12351,8 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
     settings = {key: value for key, value in tier.server if value not in ("", ())}
     if settings.get("speculative") == "auto" and "draft" not in settings:
         settings["speculative"] = "off"
-        if _predicts_tokens(model):
+        # Layers for multi-token prediction draft without a second model.
+        if _header_number(model, "nextn_predict_layers"):
             settings["speculative"] = "mtp"
     return tier._replace(server=tuple(settings.items()))
 
@@ -12322,15 +12371,19 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
 
     Errors: Unreachable.
     """
-    weights, where, note = weights_for(tier), path or url, ""
-    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    by_size = fit_by_size(tier, config, machine, need_gb)._replace(where=where)
+    weights = weights_for(tier)
+    where = path or url
+    note = ""
+    size_gb = weights.size_gb or file_size(path) / 1e9
+    by_size = fit_by_size(tier, config, machine, footprint_gb(size_gb))._replace(where=where)
     try:
         if path:
+            header = local_header(path)
             beside = beside_bytes(tier, config, machine, path, env)
-            return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
+            return fit_tier(tier, config, machine, header, "local", path, beside)
         if url:
-            return fit_tier(tier, config, machine, hub_header(weights, env), "hub", url)
+            header = hub_header(weights, env)
+            return fit_tier(tier, config, machine, header, "hub", url)
     except GgufError as exc:
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
@@ -12341,7 +12394,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
         note = str(exc)
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
-        return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
+        by_dimensions = fit_tier(tier, config, machine, known, "dimensions", where)
+        return by_dimensions._replace(note=note)
     return by_size._replace(note=note)
 
 
@@ -12355,66 +12409,56 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
             continue
         weights = weights_for(tier)
         path = cached_model(weights, env)
-        url = note = ""
+        url = ""
+        note = ""
         if hub and weights.repo and not path:
             url = hub_url(weights.repo, weights.file, env)
         try:
             fit = _measure_tier(tier, config, machine, path, url, env)
         except Unreachable as exc:              # no further tier is asked for
-            note, hub = str(exc), False
+            hub = False
+            note = str(exc)
             fit = _measure_tier(tier, config, machine, path, "", env)
         fits.append(fit._replace(note=fit.note or note))
-    caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
-    return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
-
-
-def _trained_for(path: str) -> int:
-    try:
-        return _quantity(local_header(path).keys.get("context_length"))
-    except (GgufError, OSError):                # another command says what is wrong with it
-        return 0
+    # What is left for prompts is known only once all tiers are.
+    with_room = with_caches(config, fits, machine).tiers
+    return [fit._replace(cache_mib=cache_limit_mib(tier, fit))
+            for tier, fit in zip(with_room, fits)]
 
 
 def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
+    Without that `status` of eight models would take a third of a second longer.
     """
     record_path = os.path.join(data, "contexts.json")
-    record = _read_json(record_path)
-    found: Dict[str, int] = {}
-    read: Dict[str, Any] = {}
+    record = before = _read_json(record_path)
+    found = {}
     for tier in local_tiers(config):
         path = cached_model(weights_for(tier), env)
         if not path:
             continue
         status = os.stat(path)
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        known = record.get(path)
-        if not (isinstance(known, list) and known[:1] == [stamp] and len(known) == 2):
-            known = read[path] = [stamp, _trained_for(path)]
-        found[tier.name] = _quantity(known[1])
-    if read:
-        kept = {k: v for k, v in list(record.items())[-60:] if k not in read}
-        try:
-            write_atomic(record_path, json.dumps({**kept, **read}, indent=1))
-        except UserError:                       # it is read again, then
-            pass
+        row = dict_of(record.get(path))
+        if row.get("stamp") != stamp:
+            tokens = _header_number(path, "context_length")
+            row = {"stamp": stamp, "tokens": tokens}
+            record = newest_rows(record, path, row)
+        found[tier.name] = _quantity(row.get("tokens"))
+    if record is before:
+        return found
+    try:
+        write_atomic(record_path, json.dumps(record, indent=1))
+    except UserError:                           # it is read again, then
+        pass
     return found
 
 
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
-MAX_PROBES = 64                                 # measurements that are kept
-
-
-def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
-    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
-    others = [(name, other) for name, other in rows.items() if name != identity]
-    return dict([*others[1 - MAX_PROBES:], (identity, row)])
-
-
 class Drafting(NamedTuple):
     """What a tier has written with drafts and without, of one model, build and set of flags."""
 
@@ -12446,24 +12490,29 @@ class Drafting(NamedTuple):
 
     def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
         """With one more answer, by its row of the record."""
-        tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
+        tokens = row["output"]
+        ms = round(tokens / row["per_s"] * 1000)
         if not drafts:
             return self._replace(
                 without_tokens=self.without_tokens + tokens,
-                without_ms=self.without_ms + ms)
+                without_ms=self.without_ms + ms,
+            )
         return self._replace(
             with_tokens=self.with_tokens + tokens,
             with_ms=self.with_ms + ms,
             drafted=self.drafted + row.get("drafted", 0),
-            accepted=self.accepted + row.get("accepted", 0))
+            accepted=self.accepted + row.get("accepted", 0),
+        )
 
 
 def drafting_words(found: Drafting, drafts: bool) -> str:
     """What drafting has brought so far, and what runs now."""
-    words = ["drafts" if drafts else "does not draft"]
+    words = ["does not draft"]
+    if drafts:
+        words = ["drafts"]
     if found.drafted:
-        words.append(f"{found.accepted / found.drafted:.0%} of {found.drafted:,} drafted tokens"
-                     " were taken")
+        share = found.accepted / found.drafted
+        words.append(f"{share:.0%} of {found.drafted:,} drafted tokens were taken")
     if found.with_tokens:
         words.append(f"{found.with_per_s:.1f} tok/s with drafts")
     if found.without_tokens:
@@ -12477,14 +12526,17 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
     """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
+    is_ours = asked.settings.get("speculative", "auto") == "auto"
     settings = ready.settings
-    can = settings.get("speculative") == "mtp" or "draft" in settings
-    return can and asked.settings.get("speculative", "auto") == "auto"
+    can_draft = settings.get("speculative") == "mtp" or "draft" in settings
+    return is_ours and can_draft
 
 
 def without_drafts(tier: Tier) -> Tier:
-    kept = [(k, v) for k, v in tier.server if k not in ("draft", "speculative")]
-    return tier._replace(server=(*kept, ("speculative", "off")))
+    settings = tier.settings
+    settings.pop("draft", None)
+    settings["speculative"] = "off"
+    return tier._replace(server=tuple(settings.items()))
 
 
 class Drafts:
@@ -12513,15 +12565,18 @@ class Drafts:
                 return ready
             drafts = self._found(identity).drafts_next
             self._running[asked.name] = (identity, drafts)
-        return ready if drafts else without_drafts(ready)
+        if drafts:
+            return ready
+        return without_drafts(ready)
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        is_whole = row["ended"] == "done" and row.get("output")
-        if not is_whole or not row.get("per_s"):
+        is_timed = row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not is_timed:
             return
+        name = row["tier"]
         with self._lock:
-            identity, drafts = self._running.get(row["tier"], ("", False))
+            identity, drafts = self._running.get(name, ("", False))
             found = self._found(identity)
             if not identity or found.settled:
                 return
@@ -12529,7 +12584,7 @@ class Drafts:
             self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
-            self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
+            self._log.info(f"{name}: {drafting_words(found, found.drafts_next)}")
         try:
             write_atomic(self._path, text)
         except UserError as exc:
@@ -12537,9 +12592,11 @@ class Drafts:
 
     def said(self) -> Dict[str, str]:
         """Tier -> what there is to say of its drafting."""
+        words = {}
         with self._lock:
-            return {name: drafting_words(self._found(identity), drafts)
-                    for name, (identity, drafts) in self._running.items()}
+            for name, (identity, drafts) in self._running.items():
+                words[name] = drafting_words(self._found(identity), drafts)
+        return words
 
 
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
@@ -12551,24 +12608,25 @@ def probes_file(data: str) -> str:
 
 def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
-    tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier), env)
     try:
         program = find_llama_server(tier_config(config, tier), env, data)
-        if not (path and program):
+        if not path or not program:
             return ""
         status = os.stat(path)
-        facts = [
-            socket.gethostname(),
-            build_stamp(program),
-            os.path.realpath(path),
-            str(status.st_size),
-            str(status.st_mtime_ns),
-        ]
+        stamp = build_stamp(program)
     except (OSError, UserError):
         return ""
-    flags = [" ".join(flag) for flag in all_flags(tier, config)]
-    return digest_of(*facts, *flags)
+    # These two follow from the memory that is free now, and say nothing of speed.
+    plain = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)
+    return digest_of(
+        socket.gethostname(),
+        stamp,
+        os.path.realpath(path),
+        str(status.st_size),
+        str(status.st_mtime_ns),
+        *map(" ".join, all_flags(plain, config)),
+    )
 
 
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
@@ -12587,14 +12645,14 @@ def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
 def true_config(config: Config, places: Places,
                 warn: Optional[Callable[[str], None]] = None) -> Config:
     """`config` with the contexts that its models really have; what that takes away is warned of."""
-    trained = trained_contexts(config, os.environ, places.data)
-    true = with_true_contexts(config, trained)
+    env, data = os.environ, places.data
+    true = with_true_contexts(config, trained_contexts(config, env, data))
     for before, after in zip(config.tiers, true.tiers):
         if warn and before != after:
             at = ini_line(places, before.name, "ctx_size")
             warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data))
+    return with_probes(true, known_probes(true, env, data))
 
 
 # ==================================================================================================
