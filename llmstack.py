@@ -10444,36 +10444,53 @@ def may_change(request: Request) -> bool:
 # the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
 
 OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
-_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
-                   "presence_penalty", "frequency_penalty")
+# These have the same name and meaning in both.
+_OLLAMA_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
+    "presence_penalty", "frequency_penalty",
+)
 # What asks a model -> the path of OpenAI's API for it; and the other paths.
-_OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
-                "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+_OLLAMA_ASKS = {
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/chat/completions",
+    "/api/embed": "/v1/embeddings",
+    "/api/embeddings": "/v1/embeddings",
+}
 _OLLAMA_PATHS = frozenset({
     *_OLLAMA_ASKS, "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull"})
-# How a picture begins in base64 -> its kind.
-_PICTURES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
+# How a picture begins in base64 -> its kind; all others are PNG.
+_PICTURES = {"/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
 
 
 def ollama_path(path: str) -> str:
     """The path of Ollama's API that this is, "" for none."""
     path = path.rstrip("/")
-    return path if path in _OLLAMA_PATHS else ""
+    if path not in _OLLAMA_PATHS:
+        return ""
+    return path
 
 
 def _list_of(value: object) -> List[Any]:
-    return value if isinstance(value, list) else []
+    """A value that should be a list; [] for any other."""
+    if not isinstance(value, list):
+        return []
+    return value
 
 
 def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
     choices = _list_of(value.get("choices"))
-    return dict_of(choices[0]) if choices else {}
+    if not choices:
+        return {}
+    return dict_of(choices[0])
 
 
 def _picture_part(data: object) -> Dict[str, Any]:
     """A picture, in base64, as a part of a message."""
     text = str(data)
-    kind = next((kind for begins, kind in _PICTURES.items() if text.startswith(begins)), "png")
+    kind = "png"
+    for begins, other in _PICTURES.items():
+        if text.startswith(begins):
+            kind = other
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
 
 
@@ -10488,26 +10505,32 @@ def _with_pictures(text: object, images: object) -> object:
 def _openai_call(call: object, number: str) -> Dict[str, Any]:
     """A tool call, under the number that its result is going to name."""
     function = dict_of(dict_of(call).get("function"))
-    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    asked = {"name": function.get("name"), "arguments": arguments}
+    arguments = function.get("arguments") or {}
+    asked = {
+        "name": function.get("name"),
+        "arguments": json.dumps(arguments, ensure_ascii=False),
+    }
     return {"id": number, "type": "function", "function": asked}
 
 
-def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
+def _openai_messages(messages: Iterable[Any]) -> List[Dict[str, Any]]:
     """Ollama's messages as OpenAI's. Calls get the numbers that their results then name in turn."""
     made: List[Dict[str, Any]] = []
     open_calls: List[str] = []
-    for message in messages:
-        if not isinstance(message, dict):
+    for message in map(dict_of, messages):
+        if not message:
             continue
+        role = message.get("role")
         content = _with_pictures(message.get("content"), message.get("images"))
-        new = {"role": message.get("role"), "content": content}
-        calls = [_openai_call(call, f"call_{len(made)}_{index}")
-                 for index, call in enumerate(_list_of(message.get("tool_calls")))]
+        new = {"role": role, "content": content}
+        calls: List[Dict[str, Any]] = []
+        for call in _list_of(message.get("tool_calls")):
+            number = f"call_{len(made)}_{len(calls)}"
+            calls.append(_openai_call(call, number))
         if calls:
             new["tool_calls"] = calls
             open_calls = [call["id"] for call in calls]
-        if message.get("role") == "tool" and open_calls:
+        if role == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
             new["reasoning_content"] = message["thinking"]
@@ -10537,7 +10560,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
         if key in options:
             body[key] = options[key]
     most = options.get("num_predict")
-    if isinstance(most, int) and most > 0:
+    if isinstance(most, int) and most > 0:      # Ollama has -1 and -2 for no limit
         body["max_tokens"] = most
     shape = ask("format")
     if isinstance(shape, dict):
@@ -10563,44 +10586,50 @@ class OllamaAnswer(Translation):
     content_type = b"application/json"
 
     def __init__(self, path: str, model: str, stream: bool) -> None:
-        self._path, self._model, self._stream = path, model, stream
+        self._path = path
+        self._model = model
+        self._stream = stream
         if stream:
             self.content_type = b"application/x-ndjson"
         self._status = 200
         self._held = bytearray()                # a line that is not whole, or the whole body
         self._calls: Dict[int, Dict[str, str]] = {}
-        self._reason = "stop"
+        self._reason: object = "stop"
         self._failed = False
         self._began = time.monotonic()
-        self._said = bytearray()                # where the tokens are counted
+        self._said = b""                        # where the tokens are counted
 
     def begin(self, status: int) -> None:
         self._status = status
 
     def nothing(self) -> bytes:
         """The answer to a request without words."""
-        return _json_line({**self._row(""), "done": True, "done_reason": "load"})
+        return _json_line({**self._row({}), "done": True, "done_reason": "load"})
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
-        failed = self._status >= 400
-        if failed or not self._stream:
-            if not last:
-                return b""
-            if not failed:
-                return self._whole()
+        has_failed = self._status >= 400
+        if self._stream and not has_failed:
+            return self._feed_stream(last)
+        if not last:
+            return b""
+        if has_failed:
             text = self._held.decode("utf-8", "replace")
             return _json_line({"error": said_error(text)})
-        *lines, rest = bytes(self._held).split(b"\n")
-        self._held = bytearray(rest)
-        events = [line[5:] for line in lines if line.startswith(b"data:")]
-        out = b"".join(map(self._event, events))
-        if last and not self._failed:
-            # Ollama's clients take a call whole; here they come in pieces, up to the end.
-            if self._calls:
-                out += self._line("", "", self._made_calls())
-            out += _json_line(self._end(self._row("")))
-        return out
+        return self._whole()
+
+    def _feed_stream(self, last: bool) -> bytes:
+        *lines, self._held = self._held.split(b"\n")      # the last one is not whole yet
+        out = b""
+        for line in lines:
+            if line.startswith(b"data:"):
+                out += self._event(bytes(line[len(b"data:"):]))
+        if not last or self._failed:
+            return out
+        # Ollama's clients take a call whole; here they come in pieces, up to the end.
+        if self._calls:
+            out += _json_line(self._row({}, self._made_calls()))
+        return out + self._end(self._row({}))
 
     def _event(self, data: bytes) -> bytes:
         """What one event of the stream becomes."""
@@ -10608,18 +10637,18 @@ class OllamaAnswer(Translation):
         error = value.get("error")
         if error:
             self._failed = True
-            return _json_line({"error": str(dict_of(error).get("message") or error)})
+            message = dict_of(error).get("message") or error
+            return _json_line({"error": str(message)})
         if value.get("usage") or value.get("timings"):
-            self._said = bytearray(data)
+            self._said = data
         choice = _first_choice(value)
         self._reason = choice.get("finish_reason") or self._reason
         delta = dict_of(choice.get("delta"))
         for call in _list_of(delta.get("tool_calls")):
             self._add_call(call)
-        content, thinking = delta.get("content"), delta.get("reasoning_content")
-        if not content and not thinking:
+        if not delta.get("content") and not delta.get("reasoning_content"):
             return b""
-        return self._line(content or "", thinking or "")
+        return _json_line(self._row(delta))
 
     def _add_call(self, call: object, index: int = 0) -> None:
         """A tool call, or the next piece of one."""
@@ -10638,61 +10667,70 @@ class OllamaAnswer(Translation):
             made.append({"function": {"name": call["name"], "arguments": arguments}})
         return made
 
-    def _row(self, content: str, thinking: str = "",
+    def _row(self, said: Mapping[str, Any],
              calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"model": self._model, "created_at": created}
-        more: Dict[str, Any] = {}
-        if thinking:
-            more["thinking"] = thinking
+        """The line for a message of OpenAI's, or for a piece of one."""
+        content = said.get("content") or ""
+        more = {}
+        if said.get("reasoning_content"):
+            more["thinking"] = said["reasoning_content"]
         if calls:
-            more["tool_calls"] = list(calls)
+            more["tool_calls"] = calls
+        row = {
+            "model": self._model,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "done": False,
+        }
         if self._path == "/api/generate":
             return {**row, "response": content, **more}
         return {**row, "message": {"role": "assistant", "content": content, **more}}
 
-    def _line(self, content: str, thinking: str, calls: Sequence[Dict[str, Any]] = ()) -> bytes:
-        return _json_line({**self._row(content, thinking, calls), "done": False})
-
-    def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
+    def _end(self, row: Mapping[str, Any]) -> bytes:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
-        counts = tokens_said(bytes(self._said))
-        reason = "length" if self._reason == "length" else "stop"
+        counts = tokens_said(self._said)
+        reason = "stop"
+        if self._reason == "length":
+            reason = "length"
         # Where a rate is not known, a duration of next to nothing.
-        read_s = (counts.prompt - counts.cached) / (counts.read_per_s or 1e9)
+        read_tokens = counts.prompt - counts.cached
+        read_s = read_tokens / (counts.read_per_s or 1e9)
         written_s = counts.output / (counts.written_per_s or 1e9)
-        return {
-            **row, "done": True, "done_reason": reason,
-            "total_duration": int((time.monotonic() - self._began) * 1e9),
+        took_s = time.monotonic() - self._began
+        return _json_line({
+            **row,
+            "done": True,
+            "done_reason": reason,
+            "total_duration": int(took_s * 1e9),
             "load_duration": 0,
             "prompt_eval_count": counts.prompt,
             "prompt_eval_duration": int(read_s * 1e9),
             "eval_count": counts.output,
-            "eval_duration": int(written_s * 1e9)}
+            "eval_duration": int(written_s * 1e9),
+        })
 
     def _whole(self) -> bytes:
         """An answer that is no stream."""
-        self._said = self._held
-        value = parse_json_object(bytes(self._held))
+        self._said = bytes(self._held)
+        value = parse_json_object(self._said)
         if _OLLAMA_ASKS[self._path] == "/v1/embeddings":
             return self._vectors(value)
         choice = _first_choice(value)
+        self._reason = choice.get("finish_reason")
         message = dict_of(choice.get("message"))
-        self._reason = choice.get("finish_reason") or "stop"
         for index, call in enumerate(_list_of(message.get("tool_calls"))):
             self._add_call(call, index)
-        content = message.get("content") or ""
-        thinking = message.get("reasoning_content") or ""
-        row = self._row(content, thinking, self._made_calls())
-        return _json_line(self._end(row))
+        return self._end(self._row(message, self._made_calls()))
 
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
-        vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
-        if self._path == "/api/embeddings":
+        rows = map(dict_of, _list_of(value.get("data")))
+        vectors = [row.get("embedding") for row in rows]
+        if self._path == "/api/embeddings":     # it has one text, and one vector
             return _json_line({"embedding": next(iter(vectors), [])})
-        tokens = tokens_said(bytes(self._said)).prompt
-        return _json_line({"model": self._model, "embeddings": vectors,
-                           "prompt_eval_count": tokens})
+        return _json_line({
+            "model": self._model,
+            "embeddings": vectors,
+            "prompt_eval_count": tokens_said(self._said).prompt,
+        })
 
 
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10700,16 +10738,23 @@ def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     import hashlib
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     name = str(entry.get("id"))
-    details = {"parent_model": "", "format": "gguf", "family": "llmstack",
-               "families": ["llmstack"], "parameter_size": "",
-               "quantization_level": str(own.get("quant") or "")}
+    size_gb = float(own.get("size_gb") or 0)
+    # Any digest will do: `ollama list` shows the first twelve characters of it.
+    digest = hashlib.sha256(name.encode("utf-8", "replace"))
+    details = {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "llmstack",
+        "families": ["llmstack"],
+        "parameter_size": "",
+        "quantization_level": str(own.get("quant") or ""),
+    }
     return {
         "name": name,
         "model": name,
         "modified_at": "1970-01-01T00:00:00Z",
-        "size": int(float(own.get("size_gb") or 0) * 1e9),
-        # Any digest will do: `ollama list` shows the first twelve characters of it.
-        "digest": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(),
+        "size": int(size_gb * 1e9),
+        "digest": digest.hexdigest(),
         "capabilities": entry.get("capabilities") or ["completion"],
         "details": details,
     }
@@ -10719,10 +10764,16 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama describes a model."""
     context = entry.get("context_length") or 0
     model = ollama_model(entry)
-    info = {"general.architecture": "llmstack", "llmstack.context_length": context}
-    same = {key: model[key] for key in ("details", "modified_at", "capabilities")}
-    return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
-            "model_info": info, **same}
+    return {
+        "modelfile": "",
+        "parameters": f"num_ctx {context}",
+        "template": "",
+        "license": "",
+        "model_info": {"general.architecture": "llmstack", "llmstack.context_length": context},
+        "details": model["details"],
+        "modified_at": model["modified_at"],
+        "capabilities": model["capabilities"],
+    }
 
 
 # ==================================================================================================
