@@ -3285,6 +3285,7 @@ MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 2
 MAX_GGUF_ENTRIES = 65_536
 MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
+CELLS_STEP = 256                                # llama.cpp rounds a cache up to such steps
 SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
 SERVER_BATCH = 2048                             # likewise; no ubatch is larger
@@ -3344,7 +3345,17 @@ _CACHE_TYPES = {
 }
 # What a header's numbers are, as struct names them. Its other values are strings and lists.
 _GGUF_SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+    0: "B",                                     # uint8
+    1: "b",                                     # int8
+    2: "H",                                     # uint16
+    3: "h",                                     # int16
+    4: "I",                                     # uint32
+    5: "i",                                     # int32
+    6: "f",                                     # float32
+    7: "?",                                     # bool
+    10: "Q",                                    # uint64
+    11: "q",                                    # int64
+    12: "d",                                    # float64
 }
 _GGUF_STRING = 8
 _GGUF_LIST = 9
@@ -3352,11 +3363,35 @@ _GGUF_LIST = 9
 # Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely
 # say it themselves.
 _SWA_EVERY = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4,
-    "cohere2moe": -4, "olmo2": 4, "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4,
-    "plamo3": 8, "mellum": 4, "laguna": -4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "cohere2": 4,
+    "cohere2moe": -4,
+    "olmo2": 4,
+    "exaone4": 4,
+    "exaone-moe": 4,
+    "smallthinker": -4,
+    "afmoe": 4,
+    "plamo3": 8,
+    "mellum": 4,
+    "laguna": -4,
 }
 _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _stored_bytes(values: int, kind: int) -> int:
+    """What so many values take in a GGML type; -1 for a type that is not known here."""
+    if kind not in _GGML_SIZES:
+        return -1
+    block, block_bytes = _GGML_SIZES[kind]
+    return values // block * block_bytes
 
 
 class GgufError(ValueError):
@@ -3369,7 +3404,9 @@ class BrokenGgufError(GgufError):
 
 def _quantity(value: object, default: int = 0) -> int:
     """A number of a header as a count; `default` for what is none, negative or endless."""
-    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+    if not isinstance(value, (int, float)):
+        return default
+    if 0 <= value < MAX_GGUF_QUANTITY:
         return int(value)
     return default
 
@@ -3429,7 +3466,8 @@ class Machine(NamedTuple):
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
             # The budget is less than the cards have, and each card gives up the same share.
-            share = self.budget_gb / max(sum(self.cards), 0.1)
+            cards_gb = sum(self.cards)
+            share = self.budget_gb / max(cards_gb, 0.1)
             each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
             each += (self.host_gb,)
@@ -3520,11 +3558,6 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     """How a tier's server is going to load its model here."""
     own = tier_config(config, tier)
     settings = own.settings
-    cards: Tuple[int, ...] = (0,)
-    split: Tuple[float, ...] = (1.0,)
-    if machine.cards:
-        cards = cards_of(own, machine)
-        split = _split_over(cards, settings, machine)
     layers = settings["n_gpu_layers"]
     count = 999                                 # auto, all, -1
     if layers.isdigit():
@@ -3534,7 +3567,7 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
     # What embeds or ranks reads a text in one batch, whatever [DEFAULT] says.
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
     batch = settings.get("batch", SERVER_BATCH)
-    return LoadOptions(
+    load = LoadOptions(
         cache_type_k=settings["cache_type_k"],
         cache_type_v=settings["cache_type_v"],
         flash_attn=settings["flash_attn"] != "off",
@@ -3543,9 +3576,14 @@ def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
         slots=settings.get("parallel", SERVER_SLOTS),
         ubatch=min(ubatch, batch),
         overrides=tensor_overrides(settings),
-        seen=max(len(machine.cards), 1),
+    )
+    if not machine.cards:
+        return load
+    cards = cards_of(own, machine)
+    return load._replace(
+        seen=len(machine.cards),
         cards=cards,
-        split=split,
+        split=_split_over(cards, settings, machine),
     )
 
 
@@ -3567,17 +3605,18 @@ class _GgufReader:
         self._start = 0                         # ...and from where
         self.at = 0
 
-    def _check_end(self, end: int) -> None:
-        if end > MAX_GGUF_HEADER_BYTES:
+    def _check(self, count: int, most: int) -> None:
+        if count > most:
             raise GgufError("has a header beyond any reason")
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
         end = self.at + count
         if end > self._start + len(self._block):
-            self._check_end(end)
+            self._check(end, MAX_GGUF_HEADER_BYTES)
             # Values are small and many: one read brings thousands of them.
-            self._block = self._read(self.at, max(count, 1 << 18))
+            wanted = max(count, 1 << 18)
+            self._block = self._read(self.at, wanted)
             self._start = self.at
             if len(self._block) < count:
                 raise BrokenGgufError("ends within its header")
@@ -3595,8 +3634,7 @@ class _GgufReader:
     def count(self) -> int:
         """A number of entries that are all to be read."""
         count: int = self.numbers("Q")[0]
-        if count > MAX_GGUF_ENTRIES:
-            raise GgufError("has a header beyond any reason")
+        self._check(count, MAX_GGUF_ENTRIES)
         return count
 
     def string(self) -> str:
@@ -3605,11 +3643,13 @@ class _GgufReader:
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
-        length = struct.Struct("<Q").unpack_from
+        unpack = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
-            while count and offset + 8 <= len(self._block):
-                offset += 8 + length(self._block, offset)[0]
+            last = len(self._block) - 8         # where a length may begin
+            while count and offset <= last:
+                length, = unpack(self._block, offset)
+                offset += 8 + length
                 count -= 1
             self.at = self._start + offset
 
@@ -3636,7 +3676,7 @@ class _GgufReader:
         if count <= 1024:
             return list(self.numbers(f"{count}{code}"))
         self.at += count * struct.calcsize(code)
-        self._check_end(self.at)
+        self._check(self.at, MAX_GGUF_HEADER_BYTES)
         return range(count)
 
     def tensor(self) -> _Tensor:
@@ -3644,28 +3684,26 @@ class _GgufReader:
         dimensions, = self.numbers("I")
         if dimensions > 4:
             raise GgufError(f"has a tensor of {dimensions} dimensions")
-        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
+        shape = self.numbers(f"{dimensions}Q")
+        kind, offset = self.numbers("IQ")
         values = 1
         for length in shape:
             values *= length
-        size = -1
-        if kind in _GGML_SIZES:
-            block, block_bytes = _GGML_SIZES[kind]
-            size = values // block * block_bytes
-        return _Tensor(offset, size, name, shape)
+        return _Tensor(offset, _stored_bytes(values, kind), name, shape)
 
 
 def _widest_layer(tensors: Iterable[_Tensor]) -> int:
     """The values that a token takes in the widest matrix of a layer."""
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for tensor in tensors:
-        name, shape = tensor.name, tensor.shape
-        if not name.startswith("blk.") or len(shape) != 2:
+        name = tensor.name
+        if not name.startswith("blk.") or len(tensor.shape) != 2:
             continue
         what = (name + "..").split(".")[2]      # a hostile file may name one "blk."
         if what not in widths:
             what = ""
-        widths[what] = max(widths[what], shape[1])
+        width = tensor.shape[1]
+        widths[what] = max(widths[what], width)
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     return max(widths.values())
@@ -3683,7 +3721,7 @@ def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
         bytes_of[tensor.name] = size
         end = max(end, tensor.offset + size)
         following = tensor.offset
-    data = -(-reader.at // alignment) * alignment
+    data = _round_up(reader.at, alignment)
     return header._replace(
         tensor_bytes=sum(bytes_of.values()),
         embd_bytes=bytes_of.get("token_embd.weight", 0),
@@ -3702,6 +3740,16 @@ def _architecture(meta: Mapping[str, Any]) -> str:
     if not meta.get("split.no"):
         raise GgufError("names no architecture")
     return "-"
+
+
+def _own_keys(meta: Mapping[str, Any], arch: str) -> Dict[str, Any]:
+    """The numbers and lists of an architecture, by their names within it."""
+    keys = {}
+    for name, value in meta.items():
+        owner, _, key = name.partition(".")
+        if owner == arch and isinstance(value, (int, float, list)):
+            keys[key] = value
+    return keys
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
@@ -3729,20 +3777,17 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
-    # The first part of a split file may have none.
-    if not tensors and _quantity(meta.get("split.count")) < 2:
+    parts = _quantity(meta.get("split.count"))
+    if not tensors and parts < 2:               # the first of a split may have none
         raise BrokenGgufError("holds no weights")
     arch = _architecture(meta)
-    prefix = arch + "."
-    keys = {}
-    for key, value in meta.items():
-        if key.startswith(prefix) and isinstance(value, (int, float, list)):
-            keys[key[len(prefix):]] = value
+    keys = _own_keys(meta, arch)
     words = 0
     tokens = meta.get("tokenizer.ggml.tokens")
     if isinstance(tokens, (list, range)):
         words = len(tokens)
-    header = GgufHeader(arch, keys, _quantity(keys.get("vocab_size", words)))
+    vocab = _quantity(keys.get("vocab_size", words))
+    header = GgufHeader(arch, keys, vocab)
     alignment = _quantity(meta.get("general.alignment")) or 32
     return _with_tensors(header, reader, tensors, alignment)
 
@@ -3761,11 +3806,6 @@ def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader
     return whole
 
 
-def _pad(count: int) -> int:
-    """llama.cpp rounds up to 256 cells."""
-    return -(-count // 256) * 256
-
-
 class _Layers:
     """A header's hyperparameters, read as llama.cpp reads them."""
 
@@ -3777,18 +3817,21 @@ class _Layers:
         self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
-        self.heads = self.each("attention.head_count")
-        self.kv_heads = self.each("attention.head_count_kv", self.heads)
+        heads = self.each("attention.head_count")
+        self.heads = max(heads)
+        self.kv_heads = self.each("attention.head_count_kv", heads)
         self.embd = self.number("embedding_length")
         head_size = 0
-        if self.heads[0]:
-            head_size = self.embd // self.heads[0]
+        if heads[0]:
+            head_size = self.embd // heads[0]
         self.key = self.number("attention.key_length", head_size)
         self.value = self.number("attention.value_length", head_size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
         latent_k = self.number("attention.key_length_mla")
         latent_v = self.number("attention.value_length_mla")
         self.latent = bool(latent_k and latent_v)
+        usual = _SWA_WINDOW.get(self.arch, 0)
+        self.window = self.number("attention.sliding_window", usual)
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -3796,9 +3839,9 @@ class _Layers:
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [self.number(key)]
-        if isinstance(value, (list, tuple)):
-            values = [_quantity(v) for v in value] or [0]
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        values = list(map(_quantity, value)) or [0]
         values += values[-1:] * self.count      # the last one stands for those behind it
         return values[:self.count]
 
@@ -3808,23 +3851,25 @@ class _Layers:
             return []
         return [bool(value) for value in self.each(key)]
 
-    def slides(self) -> Tuple[List[bool], int]:
-        """Which layers keep only a window, and its tokens."""
+    def slides(self) -> List[bool]:
+        """Which layers keep only a window."""
+        none = [False] * self.count
+        if not self.window:
+            return none
         key = "attention.sliding_window_pattern"
-        window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
         said = self.flags(key)
-        if window and said:
-            return said, window
+        if said:
+            return said
         every = _SWA_EVERY.get(self.arch, 0)
         if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
-        if not window or not every:
-            return [False] * self.count, 0
+        if not every:
+            return none
         period = self.number(key, abs(every)) or 1
         full = period - 1
         if every < 0:
             full = 0
-        return [layer % period != full for layer in range(self.count)], window
+        return [layer % period != full for layer in range(self.count)]
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
@@ -3846,8 +3891,8 @@ class _Layers:
             forward = self.each("feed_forward_length")
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
-    def state_floats(self) -> int:
-        """What one layer keeps of a sequence: its convolution's last inputs, and its state.
+    def _state_floats(self) -> int:
+        """What a layer keeps of a sequence: its convolution's last inputs, and its state.
 
         Each family has keys of its own for it: RWKV, LFM2, Kimi Linear, and Mamba with its kin.
         """
@@ -3862,13 +3907,18 @@ class _Layers:
         size = self.number("kda.head_dim")
         if size:
             inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
-            return (inputs + size) * size * max(self.heads)
+            return (inputs + size) * size * self.heads
         inner = self.number("ssm.inner_size")
         state = self.number("ssm.state_size")
         group = self.number("ssm.group_count")
         inputs = max(conv, 1) - 1
         width = inner + 2 * group * state
         return inputs * width + state * inner
+
+    def state_bytes(self) -> List[int]:
+        """What each layer keeps of a sequence besides a cache."""
+        size = self._state_floats() * 4
+        return [size * recurs for recurs in self.recurs()]
 
 
 class _CacheLayer(NamedTuple):
@@ -3883,12 +3933,13 @@ class _CacheLayer(NamedTuple):
 
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
     """The layers that have a cache. Source: llama-kv-cache-iswa.cpp."""
-    slides, window = layers.slides()
+    slides = layers.slides()
     recurs = layers.recurs()
-    cells = _pad(ctx_size)
+    cells = _round_up(ctx_size, CELLS_STEP)
     # A window of each slot, and what one computation adds before the old cells are free.
-    sliding = window * load.slots + min(load.ubatch, cells)
-    sliding = _pad(min(cells, sliding))
+    windows = layers.window * load.slots
+    sliding = windows + min(load.ubatch, cells)
+    sliding = _round_up(min(cells, sliding), CELLS_STEP)
     shared = layers.number("attention.shared_kv_layers")        # the last use the others' cache
     kept = layers.count - shared
     # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
@@ -3906,27 +3957,30 @@ def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_Ca
         held, suffix = cells, ""
         if slides[layer]:
             held, suffix = sliding, "_swa"
-        k = layers.number("attention.key_length" + suffix, layers.key)
-        v = layers.number("attention.value_length" + suffix, layers.value)
-        found.append(_CacheLayer(layer, held, k * heads, v * heads, slides[layer]))
+        key = layers.number("attention.key_length" + suffix, layers.key)
+        value = layers.number("attention.value_length" + suffix, layers.value)
+        found.append(_CacheLayer(
+            layer=layer,
+            cells=held,
+            k=key * heads,
+            v=value * heads,
+            slides=slides[layer],
+        ))
     return found
-
-
-def _row_bytes(values: int, cache_type: str) -> int:
-    block, size = _GGML_SIZES[_CACHE_TYPES[cache_type]]
-    return values // block * size
 
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
+    kind = _CACHE_TYPES[load.cache_type_k]
     indexer = layers.number("attention.indexer.key_length")
-    keys = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
+    keys = _stored_bytes(layer.k, kind) + _stored_bytes(indexer, kind)
     if layers.latent:
         return keys
     v = layer.v
     if not load.flash_attn:
         v = widest_v
-    return keys + _row_bytes(v, load.cache_type_v)
+    kind = _CACHE_TYPES[load.cache_type_v]
+    return keys + _stored_bytes(v, kind)
 
 
 _ON_HOST = -1                                   # a place; others are cards
@@ -3943,11 +3997,12 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
     on_host = count + 1 - on_cards
     places = [_ON_HOST] * on_host
     whole = sum(load.split)
-    bounds = [part / whole for part in itertools.accumulate(load.split)]
-    last = len(load.cards) - 1
+    ends = [part / whole for part in itertools.accumulate(load.split)]
+    last = load.cards[-1]
+    cards = [*load.cards, last]                 # rounding may lead beyond the last one's end
     for number in range(on_cards):
-        index = bisect.bisect_right(bounds, number / on_cards)
-        places.append(load.cards[min(index, last)])
+        index = bisect.bisect_right(ends, number / on_cards)
+        places.append(cards[index])
     return places
 
 
@@ -4014,15 +4069,14 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 _PLAIN_LOAD = LoadOptions()
 
 
-def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
-                 load: LoadOptions) -> Dict[int, int]:
-    """Layer -> bytes of its KV cache."""
+def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers, load: LoadOptions) -> List[int]:
+    """What the KV cache of each layer takes, 0 for one that has none."""
     widest_v = max((cache.v for cache in caches), default=0)
-    found = {}
+    sizes = [0] * layers.count
     for cache in caches:
         cell = _cell_bytes(cache, layers, load, widest_v)
-        found[cache.layer] = cache.cells * cell
-    return found
+        sizes[cache.layer] = cache.cells * cell
+    return sizes
 
 
 def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
@@ -4035,8 +4089,7 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
     caches = _cache_layers(layers, ctx_size, of_one_slot)
     sliding = [cache for cache in caches if cache.slides]
     windows = _cache_bytes(sliding, layers, load)
-    states = sum(layers.recurs()) * layers.state_floats() * 4
-    return sum(windows.values()) + states
+    return sum(windows) + sum(layers.state_bytes())
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -4045,18 +4098,21 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
     `scores`: those that each head keeps, without flash attention.
     """
     embd = layers.embd
-    heads = max(layers.heads)
+    heads = layers.heads
     key = layers.key
     experts = max(layers.each("expert_used_count"))
     own_width = layers.each("feed_forward_length")
     width = max(layers.each("expert_feed_forward_length", own_width))
     widest = max(header.widest, experts * width)
     feed_forward = 3 * widest + 5 * embd
-    mixing = experts * (2 * embd + width) + embd            # of what the experts say
+    # What the experts say is mixed.
+    of_each = 2 * embd + width
+    mixing = experts * of_each + embd
     attention = 0
     if scores:
         all_heads = heads + max(layers.kv_heads)
-        attention = heads * scores + 4 * embd + 2 * key * all_heads
+        attention = heads * scores + 4 * embd
+        attention += 2 * key * all_heads
     elif layers.latent:
         rank = layers.number("attention.kv_lora_rank")
         attention = heads * (2 * key + rank)
@@ -4069,15 +4125,15 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
 
     Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
     """
-    k_too = load.cache_type_k not in _FLOATS
-    v_too = load.cache_type_v not in _FLOATS and not layers.latent
+    has_k = load.cache_type_k not in _FLOATS
+    has_v = load.cache_type_v not in _FLOATS and not layers.latent
     most = 0
     for cache in caches:
-        values = cache.k * k_too + cache.v * v_too
+        values = cache.k * has_k + cache.v * has_v
         most = max(most, cache.cells * values)
     if not most:
         return 0
-    queries = max(layers.heads) * layers.key
+    queries = layers.heads * layers.key
     beside = 5 * (queries + layers.embd) * tokens
     return most * 2 + beside * 4
 
@@ -4102,7 +4158,8 @@ def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
         scores = 0
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
-        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
+        converted = _converted_bytes(layers, caches, load, tokens)
+        peak = max(peak, converted)
     return _Buffers(
         mask=sum(cells.values()) * tokens * mask_width,
         peak=peak,
@@ -4132,7 +4189,8 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
     used = len(load.cards)
     compute = (sum(buffers) + buffers.mask) * used
     # With all layers on several cards batches overlap, and each has the mask more than once.
-    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
+    is_whole = _ON_HOST not in placing.layers and not load.overrides
+    if used > 1 and is_whole:
         copies = used * (PIPELINED_BATCHES - 1)
         compute += copies * buffers.mask
     host_compute = buffers.mask + buffers.outputs
@@ -4141,12 +4199,14 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
     for card in load.cards:
         held[card] += of_each
     contexts = _context_bytes(load)
+    for card, context in enumerate(contexts):
+        held[card] += context
     return memory._replace(
         weights=weights,
         compute=compute,
         context=sum(contexts),
-        host=held[_ON_HOST],
-        each=tuple(size + context for size, context in zip(held, contexts)),
+        host=held.pop(_ON_HOST),
+        each=tuple(held),
     )
 
 
@@ -4154,21 +4214,20 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
     caches = _cache_layers(layers, ctx_size, load)
-    kv_of = _cache_bytes(caches, layers, load)
-    state = layers.state_floats() * 4 * load.slots
-    states = [state * recurs for recurs in layers.recurs()]
-    tokens = min(load.ubatch, _pad(ctx_size))
+    kv = _cache_bytes(caches, layers, load)
+    states = [size * load.slots for size in layers.state_bytes()]
+    tokens = min(load.ubatch, _round_up(ctx_size, CELLS_STEP))
     buffers = _buffers(header, layers, caches, load, tokens)
     checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
     memory = Memory(
         weights=header.tensor_bytes,
-        kv=sum(kv_of.values()),
+        kv=sum(kv),
         recurrent=sum(states),
         compute=sum(buffers),
         cache=LEAST_CACHE_MIB * MIB + checkpoints,
     )
     if load.gpu_layers:
-        layer_bytes = [kv_of.get(layer, 0) + size for layer, size in enumerate(states)]
+        layer_bytes = list(map(sum, zip(kv, states)))
         memory = _on_cards(memory, header, load, buffers, layer_bytes)
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
@@ -4176,16 +4235,17 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    """The largest ctx_size up to `limit` that fits, in steps; 0 where none does."""
     # More context never takes less memory, so what fits is found by halving.
-    low, high = 0, limit // 256
+    low = 0
+    high = limit // CELLS_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(middle * 256):
+        if fits(middle * CELLS_STEP):
             low = middle
         else:
             high = middle - 1
-    return low * 256
+    return low * CELLS_STEP
 
 
 class TierFit(NamedTuple):
@@ -4304,10 +4364,9 @@ def _known_experts(header: GgufHeader) -> Dict[str, int]:
     experts = 3 * width * layers.number("expert_count")
     if not experts:
         return {}
-    heads = max(layers.heads)
-    kv_heads = max(layers.kv_heads)
-    # Q and the output have every head; K and V their own.
-    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    # Q and the output have every head, K and V their own.
+    attention = 2 * layers.key * layers.heads
+    attention += (layers.key + layers.value) * max(layers.kv_heads)
     in_layers = header.tensor_bytes - header.embd_bytes
     if not header.tied:                         # the output is as large
         in_layers -= header.embd_bytes
@@ -4334,7 +4393,6 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
         if quant in file:
             size_gb = gb
             break
-    block, block_bytes = _GGML_SIZES[_Q6_K]
     embedding = row["vocab"] * keys["embedding_length"]
     query = keys["attention.head_count"] * keys["attention.key_length"]
     header = GgufHeader(
@@ -4342,7 +4400,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
         keys=keys,
         vocab=row["vocab"],
         tensor_bytes=round(size_gb * 1e9),
-        embd_bytes=embedding * block_bytes // block,
+        embd_bytes=_stored_bytes(embedding, _Q6_K),
         tied=row["tied"],
         widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
     )
@@ -4368,19 +4426,22 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
 
 def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
     """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
+    needs = {}
+    taken_gb = {}
     # Prompts and checkpoints are kept in the host's memory, wherever the model is.
     limit_gb = machine.host_gb or machine.budget_gb
-    taken_gb = {}
     for fit in fits:
+        needs[fit.name] = fit.needs
         taken_gb[fit.name] = fit.need_gb
         if machine.host_gb:
             taken_gb[fit.name] = fit.host_gb
-    chats = {tier.name for tier in config.tiers if tier.chats}
-    needs = {fit.name: fit.needs for fit in fits}
+    chats = [tier.name for tier in config.tiers if tier.chats]
     parts_gb: Dict[str, float] = {}
     for together in residency_sets(config, needs, machine.budgets_gb):
-        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
-        sharing = chats.intersection(together.tiers)
+        left_gb = limit_gb
+        for name in together.tiers:
+            left_gb -= taken_gb.get(name, 0.0)
+        sharing = [name for name in chats if name in together.tiers]
         for name in sharing:
             part_gb = left_gb / len(sharing)
             parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
@@ -4395,13 +4456,13 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     conversation get none.
     """
     local = [fit for fit in fits if fit.source != "hosted"]
-    by_name = {fit.name: fit for fit in local}
     parts_gb = _cache_parts_gb(config, local, machine)
+    known = {fit.name: fit for fit in local if any(fit.needs)}
     tiers = []
     for tier in config.tiers:
-        fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and any(fit.needs):
-            tier = _with_cache(tier, fit, parts_gb.get(tier.name, 0.0))
+        if tier.chats and tier.name in known:
+            part_gb = parts_gb.get(tier.name, 0.0)
+            tier = _with_cache(tier, known[tier.name], part_gb)
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
 
@@ -4411,7 +4472,8 @@ def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     # Either is -1 where nothing has been chosen for the tier.
     prompts_mib = max(0, tier.cache_ram_mib)
     checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
-    return prompts_mib + round(checkpoints * fit.checkpoint_mb * 1e6 / MIB)
+    checkpoints_bytes = checkpoints * fit.checkpoint_mb * 1e6
+    return prompts_mib + round(checkpoints_bytes / MIB)
 
 
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
