@@ -13146,8 +13146,9 @@ def beginning(values: Mapping[str, Any], turns: int) -> str:
     if not turns or len(said) < turns:
         return ""
     # A prompt begins with these, wherever the request has them.
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    return digest_of(json.dumps([above, said[:turns]]))
+    above = list(map(values.get, ("system", "instructions", "tools")))
+    text = json.dumps([above, said[:turns]])
+    return digest_of(text)
 
 
 class Talk(NamedTuple):
@@ -13179,7 +13180,9 @@ class Parked(NamedTuple):
 
     def goes_on_in(self, values: Mapping[str, Any]) -> bool:
         """Whether a request begins with all of its conversation."""
-        return bool(self.begins) and beginning(values, self.turns) == self.begins
+        if not self.begins:
+            return False
+        return beginning(values, self.turns) == self.begins
 
 
 def parse_parked(row: Mapping[str, Any]) -> Parked:
@@ -13209,11 +13212,12 @@ def file_edges(path: str) -> str:
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb", opener=_open_at_once) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
         digest.update(file.read(_EDGE_BYTES))
-        file.seek(max(size - _EDGE_BYTES, 0))
+        last = max(status.st_size - _EDGE_BYTES, 0)
+        file.seek(last)
         digest.update(file.read())
-    return f"{size}-{digest.hexdigest()[:16]}"
+    return f"{status.st_size}-{digest.hexdigest()[:16]}"
 
 
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
@@ -13338,10 +13342,10 @@ class Speeds:
     @classmethod
     def _read_names(cls, tokens: int) -> List[str]:
         """The names of reading speeds, the one for prompts of so many tokens first."""
-        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        shorter = cls.READ_NAMES[own::-1]
-        longer = cls.READ_NAMES[own + 1:]
-        return [*shorter, *longer]
+        longer = bisect.bisect_right(cls.READ_STEPS, tokens)
+        names = list(cls.READ_NAMES[:longer])
+        names.reverse()
+        return [*names, *cls.READ_NAMES[longer:]]
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
@@ -13355,7 +13359,7 @@ class Speeds:
         """Learn from an answer's timings; too few tokens tell nothing."""
         read_tokens = counts.prompt - counts.cached
         if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
-            name = self._read_names(counts.prompt)[0]
+            name, *_ = self._read_names(counts.prompt)
             self.note(identity, model, name, counts.read_per_s)
         if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
             self.note(identity, model, "written", counts.written_per_s)
@@ -13447,9 +13451,11 @@ class Parking:
 
     def try_again(self, identity: str, model: str) -> None:
         """What was said of another build of llama.cpp, or other weights, holds no longer."""
+        own = identity + ".off"
         for name in _names_in(self.directory, ".off"):
             path = self.path(name)
-            if name != identity + ".off" and _read_json(path).get("model") == model:
+            said = _read_json(path)
+            if name != own and said.get("model") == model:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
@@ -13498,11 +13504,12 @@ class Parking:
 
     def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
         """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
-        stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
         os.utime(temporary, (used, used))
+        stem = self.path(f"{identity}-{parked.slot}")
+        row = json.dumps(parked._asdict())
         # This one first: a .kv of which nothing is known is never restored.
-        write_atomic(stem + ".json", json.dumps(parked._asdict()))
+        write_atomic(stem + ".json", row)
         replace_file(temporary, stem + ".kv")
         self.make_room()
 
@@ -13551,10 +13558,11 @@ def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
 
 def model_pace(parking: Parking, identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
+    is_worth = parking.worth(identity, tokens)
     return Pace(
         read_per_s=parking.speeds.reading(identity, tokens),
         load_s=parking.speeds.load_s(identity),
-        keeps=parking.worth(identity, tokens) and not parking.off(identity),
+        keeps=is_worth and not parking.off(identity),
     )
 
 
@@ -13604,6 +13612,7 @@ class Bay:
     def __init__(self, parking: Parking, tier: Tier, identity: str, upstream: Upstream,
                  log: Log) -> None:
         self._parking = parking
+        self._speeds = parking.speeds
         self._name = tier.name
         self._context = tier.ctx_size
         self.identity = identity
@@ -13618,9 +13627,19 @@ class Bay:
         self._saving = threading.Lock()
         self._saved_at = self._answered_at = time.monotonic()
 
+    def _warn(self, words: str) -> None:
+        self._log.warning(f"{self._name}: {words}")
+
+    def _learn(self, what: str, value: float) -> None:
+        self._speeds.note(self.identity, self._name, what, value)
+
+    def _is_worth(self, tokens: int) -> bool:
+        return self._parking.worth(self.identity, tokens)
+
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        return not any(slot.tokens or slot.is_busy for slot in self._slots())
+        used = [slot for slot in self._slots() if slot.tokens or slot.is_busy]
+        return not used
 
     def _restore_file(self, parked: Parked) -> int:
         """The status with which a parked conversation is restored; 0 for no answer."""
@@ -13650,17 +13669,17 @@ class Bay:
                 self._restored.append(parked)
                 tokens += parked.tokens
                 continue
-            self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
-                              f" is answered {status or 'not at all'}")
+            self._warn("a parked conversation is dropped, its restore is answered"
+                       f" {status or 'not at all'}")
             parking.drop(identity, parked.slot)
             if not status:
                 return False
-        if self._restored:
+        count = len(self._restored)
+        if count:
             took_s = time.monotonic() - began
-            per_s = tokens / max(took_s, 1e-3)
-            parking.speeds.note(identity, self._name, "restored", per_s)
-            self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
-                           f" conversations in {took_s:.2f} s")
+            self._learn("restored", tokens / max(took_s, 1e-3))
+            self._log.info(f"{self._name}: restored {tokens:,} tokens of {count} conversations"
+                           f" in {took_s:.2f} s")
         return True
 
     def wants(self, body_bytes: int) -> bool:
@@ -13670,10 +13689,10 @@ class Bay:
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
         # What is not known yet this request may teach.
-        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+        if self._restored or not self._speeds.reading(self.identity, 0):
             return True
         most_tokens = body_bytes // 2
-        return self._parking.worth(self.identity, most_tokens)
+        return self._is_worth(most_tokens)
 
     def make_findable(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13695,19 +13714,19 @@ class Bay:
         try:
             self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
         except (OSError, ValueError) as exc:
-            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+            self._warn(f"what was restored may be read again: {exc}")
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
         self._answered_at = time.monotonic()
-        self._parking.speeds.note_answer(self.identity, self._name, counts)
+        self._speeds.note_answer(self.identity, self._name, counts)
         self.tokens = counts.prompt + counts.output
         with self._lock:
             restored = self._restored
             self._restored = []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        is_worth = self._parking.worth(self.identity, counts.prompt)
+        is_worth = self._is_worth(counts.prompt)
         if not body or not (is_worth or restored):
             return
         values = parse_json_object(body)
@@ -13736,11 +13755,13 @@ class Bay:
             is_used = counts.cached >= parked.prompt // 10
             # A slot that holds less is found through the host's cache alone, if that had room.
             is_found = parked.tokens > SLOT_SIMILARITY * counts.prompt
-            if is_used or not is_found or not parked.goes_on_in(values):
+            if is_used or not is_found:
+                continue
+            if not parked.goes_on_in(values):
                 continue
             why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
                    " of llama.cpp")
-            self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+            self._warn(f"nothing is parked any more: {why}")
             try:
                 self._parking.turn_off(self.identity, self._name, why)
             except UserError as exc:
@@ -13753,21 +13774,21 @@ class Bay:
 
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
-        speeds = self._parking.speeds
-        per_s = speeds.reading(self.identity, self.tokens)
-        if self.parks and self._parking.worth(self.identity, self.tokens):
-            per_s = speeds.get(self.identity, "restored", SAVED_PER_S)
+        per_s = self._speeds.reading(self.identity, self.tokens)
+        if self.parks and self._is_worth(self.tokens):
+            per_s = self._speeds.get(self.identity, "restored", SAVED_PER_S)
         if not per_s:
             return 0.0
         return self.tokens / per_s
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
-        now = time.monotonic()
         has_news = self._answered_at > self._saved_at
         if not self.parks or not has_news:
             return
-        if 0 < self._parking.every_s < now - self._saved_at:
+        now = time.monotonic()
+        waited_s = now - self._saved_at
+        if 0 < self._parking.every_s < waited_s:
             self._saved_at = now
             in_background(f"park {self._name}", self.save, False)
 
@@ -13781,9 +13802,9 @@ class Bay:
             try:
                 if self.parks and not self._parking.off(self.identity):
                     self._save_all(ending)
-                self._parking.speeds.keep()
+                self._speeds.keep()
             except (OSError, ValueError, UserError) as exc:
-                self._log.warning(f"{self._name}: not parked: {exc}")
+                self._warn(f"not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
         began = time.monotonic()
@@ -13794,18 +13815,19 @@ class Bay:
         saved = self._parking.saved(self.identity)
         numbers = Numbers([slot.number for slot in slots], saved)
         elsewhere = self._save_held(slots, numbers, ending, end)
-        # To bring one out of the cache needs a slot, and nobody may be asking.
-        if ending and not any(slot.is_busy for slot in slots):
+        # To bring one out of the cache takes a slot, which nobody else may be using.
+        is_busy = any(slot.is_busy for slot in slots)
+        if ending and not is_busy:
             self._save_cached(elsewhere, numbers, end)
-        if numbers.used:
+        count = len(numbers.used)
+        if count:
             took_s = time.monotonic() - began
-            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {took_s:.2f} s")
+            self._log.info(f"{self._name}: parked {count} conversations in {took_s:.2f} s")
 
     def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
                    end: float) -> List[Talk]:
         """Save what the slots hold; the conversations that none of them holds."""
-        per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
+        per_s = self._speeds.get(self.identity, "saved", SAVED_PER_S)
         unknown = Talk(time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
@@ -13818,8 +13840,8 @@ class Bay:
             is_quick = slot.tokens / per_s < 1
             if slot.is_busy or not (ending or is_quick):
                 continue
-            if self._parking.worth(self.identity, slot.tokens):
-                self._save_slot(slot.number, slot.tokens, talk, numbers, end)
+            if self._is_worth(slot.tokens):
+                self._save_slot(slot, talk, numbers, end)
         return talks
 
     def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
@@ -13831,9 +13853,9 @@ class Bay:
             if not numbers.left():
                 break
             slot = self._pull(talk, end)
-            if slot < 0:
+            if slot is None:
                 break
-            self._save_slot(slot, talk.prompt, talk, numbers, end)
+            self._save_slot(slot, talk, numbers, end)
 
     def _slots(self) -> List[Slot]:
         """The slots of its server, the longest first. Errors: OSError, ValueError."""
@@ -13846,38 +13868,39 @@ class Bay:
             number = row.get("id")
             if isinstance(number, int):
                 tokens = _quantity(row.get("n_prompt_tokens"))
-                found.append(Slot(number, tokens, row.get("is_processing") is True))
+                is_busy = row.get("is_processing") is True
+                found.append(Slot(number, tokens, is_busy))
         return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
                   timeout_s: float) -> Tuple[int, Dict[str, Any]]:
         """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
-        path = f"/slots/{slot}?action={action}"
         body = json.dumps({"filename": name}).encode()
+        path = f"/slots/{slot}?action={action}"
         response, said = self._upstream.get(path, timeout_s, "POST", body=body)
         return response.status, parse_json_object(said)
 
-    def _save_slot(self, slot: int, tokens: int, talk: Talk, numbers: Numbers,
-                   end: float) -> None:
+    def _save_slot(self, slot: Slot, talk: Talk, numbers: Numbers, end: float) -> None:
         """Save a slot under a number that is left.
 
         It may take as long as reading it again would, no longer.
         """
         parking = self._parking
         identity = self.identity
-        number = numbers.choose(slot, talk)
+        number = numbers.choose(slot.number, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        per_s = parking.speeds.reading(identity, tokens) or 1.0
-        timeout_s = min(tokens / per_s, end - began)
+        per_s = self._speeds.reading(identity, slot.tokens) or 1.0
+        timeout_s = min(slot.tokens / per_s, end - began)
+        more_bytes = slot.tokens * self._speeds.get(identity, "bytes")
         try:
-            if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
+            if not parking.make_room(more_bytes):
                 return
-            saved = self._write_slot(slot, name, max(timeout_s, 0.1))
+            saved = self._write_slot(slot.number, name, max(timeout_s, 0.1))
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
-            parking.speeds.note(identity, self._name, "saved", saved / took_s)
+            self._learn("bytes", file_size(temporary) / saved)
+            self._learn("saved", saved / took_s)
             self._drop_older(number, talk)
             parked = Parked(
                 slot=number,
@@ -13891,7 +13914,7 @@ class Bay:
             parking.keep(identity, parked, temporary, talk.at)
             numbers.used.append(number)
         except (OSError, ValueError, UserError) as exc:
-            self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
+            self._warn(f"a conversation is not parked: {exc}")
         finally:
             _remove(temporary)
 
@@ -13901,10 +13924,11 @@ class Bay:
         Errors: OSError, ValueError where it does not come out whole.
         """
         status, said = self._ask_slot(slot, "save", name, timeout_s)
-        size = file_size(self._parking.path(name))
         saved = _quantity(said.get("n_saved"))
-        is_whole = status == 200 and size == said.get("n_written")
-        if not is_whole or not saved:
+        size = file_size(self._parking.path(name))
+        # A disk that is full cuts a file short, and llama-server says 200 all the same.
+        is_whole = size == said.get("n_written")
+        if status != 200 or not is_whole or not saved:
             raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
         return saved
 
@@ -13912,11 +13936,13 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            if parked.goes_on_in(values) and parked.slot != number:
+            if parked.slot == number:
+                continue
+            if parked.goes_on_in(values):
                 self._parking.drop(self.identity, parked.slot)
 
-    def _pull(self, talk: Talk, end: float) -> int:
-        """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
+    def _pull(self, talk: Talk, end: float) -> Optional[Slot]:
+        """Bring a conversation from the host's cache into a slot; None where it is not there."""
         # Its last request, asked again for one token and with no stream to read.
         values = parse_json_object(talk.body)
         for name in ("max_completion_tokens", "n_predict", "stream_options"):
@@ -13932,12 +13958,12 @@ class Bay:
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
-            return -1
+            return None
         asked = talk._replace(tokens=talk.prompt + 1)
         for slot in self._slots():
             if not slot.is_busy and asked.is_in(slot.tokens):
-                return slot.number
-        return -1
+                return slot._replace(tokens=talk.prompt)
+        return None
 
 
 # ==================================================================================================
