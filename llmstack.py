@@ -10576,8 +10576,9 @@ def _openai_call(call: object, number: str) -> Dict[str, Any]:
 
 
 def _openai_messages(messages: Iterable[Any]) -> List[Dict[str, Any]]:
-    """Ollama's messages as OpenAI's. Calls get the numbers that their results then name in turn."""
+    """Ollama's messages as OpenAI's."""
     made: List[Dict[str, Any]] = []
+    # Ollama's results come in the order of their calls, OpenAI's name theirs.
     open_calls: List[str] = []
     for message in map(dict_of, messages):
         if not message:
@@ -10670,6 +10671,7 @@ class OllamaAnswer(Translation):
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
+        # An error is one object, whatever was asked for.
         has_failed = self._status >= 400
         if self._stream and not has_failed:
             return self._feed_stream(last)
@@ -10703,6 +10705,7 @@ class OllamaAnswer(Translation):
             return _json_line({"error": str(message)})
         if value.get("usage") or value.get("timings"):
             self._said = data
+        # The event that counts the tokens has no choice, and comes behind the one with the reason.
         choice = _first_choice(value)
         self._reason = choice.get("finish_reason") or self._reason
         delta = dict_of(choice.get("delta"))
@@ -10750,6 +10753,7 @@ class OllamaAnswer(Translation):
     def _end(self, row: Mapping[str, Any]) -> bytes:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
         counts = tokens_said(self._said)
+        # Ollama knows these two: OpenAI's tool_calls is a stop, too.
         reason = "stop"
         if self._reason == "length":
             reason = "length"
@@ -11987,19 +11991,41 @@ class RouterApp(App):
 # ==================================================================================================
 # Which programs the engines run, and what a llama-server says of itself: the flags it refuses and
 # its build. It is run for that and for nothing else; loading models is ENGINE's.
+#
+# What it says is kept, as is all that is learned further down: a file a kind, in it a row a build
+# or a model, the newest last. So what nobody uses any more goes by itself.
+
+MAX_LEARNED = 64                                # rows a file
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
+OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
+# Any value of these is as good to ask with: flags are asked anew for none of them.
+_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")
 
 
 def digest_of(*facts: str) -> str:
     """24 hexadecimal digits that tell these facts from any others."""
     import hashlib
     text = "\0".join(facts)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+    digest = hashlib.sha256(text.encode("utf-8", "replace"))
+    return digest.hexdigest()[:24]
+
+
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_LEARNED."""
+    kept = {**rows}
+    # Behind all others again, not where it was.
+    kept.pop(identity, None)
+    kept[identity] = row
+    newest = list(kept.items())[-MAX_LEARNED:]
+    return dict(newest)
 
 
 def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
-    status = os.stat(program[0])
-    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    path = program[0]
+    status = os.stat(path)
+    stamp = f"{path}:{status.st_size}:{status.st_mtime_ns}"
     if len(program) > 1:
         stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
     return stamp
@@ -12049,21 +12075,20 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return find_program(name)
 
 
-LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
-                     " `llmstack start --demo`")
-OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
-MAX_PROBED_BUILDS = 8                           # whose answers are kept
-# Any value of these is as good to ask with: flags are asked anew for none of them.
-_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")
-
-
 def _takes_flags(program: Sequence[str], flags: Iterable[Flag]) -> bool:
     """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
     import subprocess
     words = itertools.chain.from_iterable(flags)
-    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    command = [*program, *words, "--version"]
     try:
-        ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
+        ended = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError) as exc:
         raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
     return ended.returncode == 0
@@ -12079,14 +12104,17 @@ def _ask_flags(program: Sequence[str], groups: Mapping[str, Flag]) -> Set[str]:
         raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
     if _takes_flags(program, groups.values()):
         return set()
-    others = {name: other for name, other in FLAG_REPLACEMENTS.items() if name in groups}
+    others = {}
+    for name in FLAG_REPLACEMENTS:
+        if name in groups:
+            others[name] = FLAG_REPLACEMENTS[name]
+    doubtful = set(groups)
     # A build that refuses one of these takes its replacement, as a rule, and all the rest.
-    doubtful = dict(groups)
     if _takes_flags(program, {**groups, **others}.values()):
-        doubtful = {name: groups[name] for name in others}
+        doubtful = set(others)
     refused = set()
-    for name, flag in doubtful.items():
-        if _takes_flags(program, [flag]):
+    for name in doubtful:
+        if _takes_flags(program, [groups[name]]):
             continue
         refused.add(name)
         other = others.get(name)
@@ -12111,21 +12139,22 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
         flags += all_flags(tier, config)
     if config.park_gb:
         flags.append(("--slot-save-path", data))
-    groups = {flag[0]: flag for flag in flags}
+    groups = {}
     asked = {}
-    for name, flag in groups.items():
+    for flag in flags:
+        name = flag[0]
+        groups[name] = flag
         if name not in _BY_TIER:
             asked[name] = " ".join(flag)
     path = os.path.join(data, "flags.json")
     rows = _read_json(path)
-    known = dict_of(rows.pop(stamp, None))
+    known = dict_of(rows.get(stamp))
     if known.get("asked") == asked:
         return frozenset(known["refused"])
     refused = _ask_flags(program, groups)
-    newest = {stamp: {"asked": asked, "refused": sorted(refused)}}
-    others = itertools.islice(rows.items(), MAX_PROBED_BUILDS - 1)
-    newest.update(others)
-    write_atomic(path, json.dumps(newest, indent=1))
+    row = {"asked": asked, "refused": sorted(refused)}
+    rows = newest_rows(rows, stamp, row)
+    write_atomic(path, json.dumps(rows, indent=1))
     return frozenset(refused)
 
 
@@ -12156,24 +12185,14 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # with what it was measured of.
 
 
-_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+# The first that is set counts, and the place below it.
+_CACHE_VARIABLES = (
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
     ("HUGGINGFACE_HUB_CACHE", ""),
     ("HF_HOME", "hub"),
     ("XDG_CACHE_HOME", "huggingface/hub"),
 )
-
-
-MAX_PROBES = 64                                 # measurements that are kept
-
-
-def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
-    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
-    kept = {**rows}
-    kept.pop(identity, None)                    # behind all others again, not where it was
-    kept[identity] = row
-    return dict(list(kept.items())[-MAX_PROBES:])
 
 
 def hub_cache_dir(env: Mapping[str, str]) -> str:
@@ -12207,7 +12226,8 @@ def local_file(cache: str, repo: str, file: str) -> str:
     Only the commit of refs/main counts: what lies below another is not found.
     """
     folder = repo_dir(cache, repo)
-    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    ref = os.path.join(folder, "refs", "main")
+    commit = read_text(ref).strip()
     if not commit:
         return ""
     snapshot = os.path.join(folder, "snapshots", commit)
@@ -12221,11 +12241,13 @@ def local_file(cache: str, repo: str, file: str) -> str:
 
 def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
     """Where each file of a tier's model lies on this disk, "" for one that is not here."""
-    if not weights.path:
+    path = weights.path
+    if not path:
         cache = hub_cache_dir(env)
-        return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
-    if os.path.isfile(weights.path):
-        return [weights.path]
+        names = split_parts(weights.file)
+        return [local_file(cache, weights.repo, name) for name in names]
+    if os.path.isfile(path):
+        return [path]
     return [""]
 
 
@@ -12297,7 +12319,7 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
         ask = urllib.request.build_opener(no_proxy).open
     try:
         return ask(request, timeout=timeout_s)
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError:              # an answer: whoever asked knows what it means
         raise
     except (OSError, ValueError) as exc:
         # A URLError has the error of the socket as its reason; that one's words say more.
@@ -12381,11 +12403,13 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
         url = hub_url(weights.repo, name, env)
         held = bytearray()
 
-        def read(offset: int, count: int) -> bytes:
-            end = offset + count
+        def read(offset: int, wanted: int) -> bytes:
+            end = offset + wanted
             while len(held) < end <= MAX_GGUF_HEADER_BYTES:
-                # Each range is as long as all before it: a vocabulary takes five requests.
-                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
+                # Each range is as long as all before it, so that a large vocabulary, of which
+                # nobody knows the length, takes five requests.
+                count = max(1 << 20, len(held))
+                more = _fetch_range(url, len(held), count, token)
                 if not more:
                     break
                 held.extend(more)
@@ -12454,14 +12478,17 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
 
     def find(name: str) -> str:
         path = _further_file(name, model, env)
-        if not path and name != "auto":
-            repo, _, file = name.partition(":")
-            raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
-                            f"llmstack download {tier.name}")
-        return path
+        # A model without a projector reads no pictures, and all else as well.
+        if path or name == "auto":
+            return path
+        repo, _, file = name.partition(":")
+        raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
+                        f"llmstack download {tier.name}")
 
-    tier = with_files(tier, find)
-    settings = {key: value for key, value in tier.server if value not in ("", ())}
+    settings = {}
+    for key, value in with_files(tier, find).server:
+        if value not in ("", ()):
+            settings[key] = value
     if settings.get("speculative") == "auto" and "draft" not in settings:
         settings["speculative"] = "off"
         # Layers for multi-token prediction draft without a second model.
@@ -12488,7 +12515,8 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
     where = path or url
     note = ""
     size_gb = weights.size_gb or file_size(path) / 1e9
-    by_size = fit_by_size(tier, config, machine, footprint_gb(size_gb))._replace(where=where)
+    by_size = fit_by_size(tier, config, machine, footprint_gb(size_gb))
+    by_size = by_size._replace(where=where)
     try:
         if path:
             header = local_header(path)
@@ -12505,6 +12533,7 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
         raise
     except OSError as exc:
         note = str(exc)
+    # A file that is here and cannot be read may be another than its name says.
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
         by_dimensions = fit_tier(tier, config, machine, known, "dimensions", where)
@@ -12632,6 +12661,7 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
         words.append(f"{found.without_per_s:.1f} without")
     if found.settled:
         words.append("the faster is kept")
+    # What runs now goes on as it was loaded: only a load can change it.
     elif not found.drafts_next and drafts:
         words.append("its next load goes without, to compare")
     return ", ".join(words)
@@ -12639,10 +12669,10 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
     """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
-    is_ours = asked.settings.get("speculative", "auto") == "auto"
+    if asked.settings.get("speculative", "auto") != "auto":
+        return False
     settings = ready.settings
-    can_draft = settings.get("speculative") == "mtp" or "draft" in settings
-    return is_ours and can_draft
+    return settings.get("speculative") == "mtp" or "draft" in settings
 
 
 def without_drafts(tier: Tier) -> Tier:
@@ -12665,7 +12695,9 @@ class Drafts:
     def _found(self, identity: str) -> Drafting:
         """Whoever holds the lock asks."""
         row = self._rows.get(identity)
-        if not isinstance(row, list) or len(row) != len(Drafting._fields):
+        if not isinstance(row, list):
+            return Drafting()
+        if len(row) != len(Drafting._fields):   # of another version
             return Drafting()
         return Drafting(*map(_quantity, row))
 
@@ -12684,6 +12716,7 @@ class Drafts:
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
+        # One that was broken off says nothing of how fast its end would have been.
         is_timed = row.get("output") and row.get("per_s")
         if row["ended"] != "done" or not is_timed:
             return
@@ -12697,7 +12730,8 @@ class Drafts:
             self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
-            self._log.info(f"{name}: {drafting_words(found, found.drafts_next)}")
+            words = drafting_words(found, found.drafts_next)
+            self._log.info(f"{name}: {words}")
         try:
             write_atomic(self._path, text)
         except UserError as exc:
@@ -12733,9 +12767,9 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
     # These two follow from the memory that is free now, and say nothing of speed.
     plain = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)
     return digest_of(
-        socket.gethostname(),
+        socket.gethostname(),                   # a home directory may be of several machines
         stamp,
-        os.path.realpath(path),
+        os.path.realpath(path),                 # in the hub's cache it has the file's hash in it
         str(status.st_size),
         str(status.st_mtime_ns),
         *map(" ".join, all_flags(plain, config)),
@@ -12758,14 +12792,16 @@ def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str,
 def true_config(config: Config, places: Places,
                 warn: Optional[Callable[[str], None]] = None) -> Config:
     """`config` with the contexts that its models really have; what that takes away is warned of."""
-    env, data = os.environ, places.data
-    true = with_true_contexts(config, trained_contexts(config, env, data))
+    trained = trained_contexts(config, os.environ, places.data)
+    true = with_true_contexts(config, trained)
     for before, after in zip(config.tiers, true.tiers):
         if warn and before != after:
-            at = ini_line(places, before.name, "ctx_size")
-            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+            name = before.name
+            at = ini_line(places, name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, env, data))
+    probes = known_probes(true, os.environ, places.data)
+    return with_probes(true, probes)
 
 
 # ==================================================================================================
@@ -13130,6 +13166,13 @@ _NOT_IN_KV = (
     "--slot-save-path",
 )
 
+# What a request has no more when it is asked again, for one token and with no stream to read.
+_NOT_AGAIN = (
+    "max_completion_tokens",
+    "n_predict",
+    "stream_options",
+)
+
 
 def talk_turns(values: Mapping[str, Any]) -> Union[List[Any], str]:
     """What a request's prompt grows by: a list of messages, or text."""
@@ -13224,7 +13267,11 @@ def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     program = command[:command.index("--host")]
     changed = os.stat(weights).st_mtime_ns
-    facts = [build_stamp(program), file_edges(weights), str(changed)]
+    facts = [
+        build_stamp(program),
+        file_edges(weights),
+        str(changed),
+    ]
     # llama-server takes each of its flags from the environment, too.
     for name in sorted(env):
         if name.startswith("LLAMA_ARG_"):
@@ -13252,8 +13299,9 @@ def parking_notes(data: str) -> Dict[str, str]:
     directory = parked_dir(data)
     for name in _names_in(directory, ".off"):
         said = _read_json(os.path.join(directory, name))
-        why = visible(str(said.get("why")))
-        notes[str(said.get("model"))] = f"off: {why}"
+        model = str(said.get("model"))
+        why = str(said.get("why"))
+        notes[model] = f"off: {visible(why)}"
     return notes
 
 
@@ -13275,11 +13323,11 @@ def forget_parked(data: str) -> int:
 
 def io_bytes(pid: int, count: str) -> int:
     """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
-    said = read_text(f"/proc/{pid}/io")
-    found = re.search(rf"^{count}: ([0-9]+)", said, re.MULTILINE)
-    if not found:
-        return -1
-    return int(found.group(1))
+    for line in read_text(f"/proc/{pid}/io").splitlines():
+        name, _, number = line.partition(": ")
+        if name == count:
+            return int(number)
+    return -1
 
 
 def _changed_s(path: str) -> float:
@@ -13290,6 +13338,27 @@ def _changed_s(path: str) -> float:
         return 0.0
 
 
+# Prompts of so many tokens on -> the name of the speed at which they are read.
+_READ_NAMES = {
+    0: "read",
+    8_192: "read8192",
+    32_768: "read32768",
+    131_072: "read131072",
+}
+
+
+def _read_names(tokens: int) -> List[str]:
+    """The names of reading speeds, the one for prompts of so many tokens first."""
+    shorter = []
+    longer = []
+    for least, name in _READ_NAMES.items():
+        if least <= tokens:
+            shorter.append(name)
+        else:
+            longer.append(name)
+    return [*reversed(shorter), *longer]
+
+
 class Speeds:
     """What this machine has shown of each model, build and flags: speeds.json.
 
@@ -13298,9 +13367,6 @@ class Speeds:
     a prompt grows: "read8192" is that of prompts from so many tokens on. Several processes learn,
     such as a daemon and `probe`: what one has written the others take in.
     """
-
-    READ_STEPS = (0, 8_192, 32_768, 131_072)
-    READ_NAMES = ("read", "read8192", "read32768", "read131072")
 
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
@@ -13325,7 +13391,9 @@ class Speeds:
     def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
         row = dict_of(self._rows.get(identity))
         found = row.get(what)
-        if isinstance(found, (int, float)) and found > 0:
+        if not isinstance(found, (int, float)):
+            return otherwise
+        if found > 0:
             return float(found)
         return otherwise
 
@@ -13339,17 +13407,9 @@ class Speeds:
             self._rows = newest_rows(self._rows, identity, row)
             self._news = newest_rows(self._news, identity, row)
 
-    @classmethod
-    def _read_names(cls, tokens: int) -> List[str]:
-        """The names of reading speeds, the one for prompts of so many tokens first."""
-        longer = bisect.bisect_right(cls.READ_STEPS, tokens)
-        names = list(cls.READ_NAMES[:longer])
-        names.reverse()
-        return [*names, *cls.READ_NAMES[longer:]]
-
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        for name in self._read_names(tokens):
+        for name in _read_names(tokens):
             per_s = self.get(identity, name)
             if per_s:
                 return per_s
@@ -13358,11 +13418,13 @@ class Speeds:
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
         read_tokens = counts.prompt - counts.cached
-        if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
-            name, *_ = self._read_names(counts.prompt)
-            self.note(identity, model, name, counts.read_per_s)
-        if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
-            self.note(identity, model, "written", counts.written_per_s)
+        per_s = counts.read_per_s
+        if per_s and read_tokens >= LEAST_READ_TOKENS:
+            name, *_ = _read_names(counts.prompt)
+            self.note(identity, model, name, per_s)
+        per_s = counts.written_per_s
+        if per_s and counts.output >= LEAST_WRITTEN_TOKENS:
+            self.note(identity, model, "written", per_s)
 
     def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
@@ -13395,7 +13457,8 @@ class Speeds:
             if not self._news:
                 return
             self._news = {}
-            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            text = json.dumps(self._rows, indent=1)
+            write_atomic(self._path, text)
             self._read_s = _changed_s(self._path)
 
 
@@ -13444,8 +13507,8 @@ class Parking:
 
     def turn_off(self, identity: str, model: str, why: str) -> None:
         """Park nothing more under an identity, and drop what is there. Errors: UserError."""
-        note = json.dumps({"model": model, "why": why})
-        write_atomic(self.path(identity + ".off"), note)
+        path = self.path(identity + ".off")
+        write_atomic(path, json.dumps({"model": model, "why": why}))
         for parked in self.saved(identity):
             self.drop(identity, parked.slot)
 
@@ -13689,7 +13752,8 @@ class Bay:
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
         # What is not known yet this request may teach.
-        if self._restored or not self._speeds.reading(self.identity, 0):
+        is_known = self._speeds.reading(self.identity, 0)
+        if self._restored or not is_known:
             return True
         most_tokens = body_bytes // 2
         return self._is_worth(most_tokens)
@@ -13744,9 +13808,10 @@ class Bay:
             tokens=self.tokens,
         )
         with self._lock:
-            # A conversation has grown: what it was before is the beginning of what it is now.
-            others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
-            self._talks = [*others, talk][-MAX_TALKS:]
+            # What a conversation was before is the beginning of what it is now.
+            talks = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+            talks.append(talk)
+            self._talks = talks[-MAX_TALKS:]
 
     def _prove(self, restored: Iterable[Parked], values: Mapping[str, Any],
                counts: Counts) -> None:
@@ -13868,8 +13933,11 @@ class Bay:
             number = row.get("id")
             if isinstance(number, int):
                 tokens = _quantity(row.get("n_prompt_tokens"))
-                is_busy = row.get("is_processing") is True
-                found.append(Slot(number, tokens, is_busy))
+                found.append(Slot(
+                    number=number,
+                    tokens=tokens,
+                    is_busy=row.get("is_processing") is True,
+                ))
         return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
@@ -13891,15 +13959,18 @@ class Bay:
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        per_s = self._speeds.reading(identity, slot.tokens) or 1.0
-        timeout_s = min(slot.tokens / per_s, end - began)
-        more_bytes = slot.tokens * self._speeds.get(identity, "bytes")
+        tokens = slot.tokens
+        per_s = self._speeds.reading(identity, tokens) or 1.0
+        timeout_s = min(tokens / per_s, end - began)
+        timeout_s = max(timeout_s, 0.1)
+        bytes_each = self._speeds.get(identity, "bytes")
         try:
-            if not parking.make_room(more_bytes):
+            if not parking.make_room(tokens * bytes_each):
                 return
-            saved = self._write_slot(slot.number, name, max(timeout_s, 0.1))
+            saved = self._write_slot(slot.number, name, timeout_s)
             took_s = time.monotonic() - began
-            self._learn("bytes", file_size(temporary) / saved)
+            size = file_size(temporary)
+            self._learn("bytes", size / saved)
             self._learn("saved", saved / took_s)
             self._drop_older(number, talk)
             parked = Parked(
@@ -13926,7 +13997,7 @@ class Bay:
         status, said = self._ask_slot(slot, "save", name, timeout_s)
         saved = _quantity(said.get("n_saved"))
         size = file_size(self._parking.path(name))
-        # A disk that is full cuts a file short, and llama-server says 200 all the same.
+        # On a full disk llama-server may say 200 and have written less.
         is_whole = size == said.get("n_written")
         if status != 200 or not is_whole or not saved:
             raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
@@ -13943,9 +14014,8 @@ class Bay:
 
     def _pull(self, talk: Talk, end: float) -> Optional[Slot]:
         """Bring a conversation from the host's cache into a slot; None where it is not there."""
-        # Its last request, asked again for one token and with no stream to read.
         values = parse_json_object(talk.body)
-        for name in ("max_completion_tokens", "n_predict", "stream_options"):
+        for name in _NOT_AGAIN:
             values.pop(name, None)
         limit = "max_tokens"
         if "/responses" in talk.target:
@@ -13954,7 +14024,8 @@ class Bay:
         values["stream"] = False
         body = json.dumps(values).encode()
         left_s = end - time.monotonic()
-        timeout_s = min(PULL_S, max(left_s, 0.1))
+        left_s = max(left_s, 0.1)
+        timeout_s = min(PULL_S, left_s)
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
