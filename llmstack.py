@@ -3711,6 +3711,7 @@ def _widest_layer(tensors: Iterable[_Tensor]) -> int:
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
+    # A header may list them in any order; their data lies in the order of their offsets.
     tensors = sorted(reader.tensor() for _ in range(count))
     bytes_of: Dict[str, int] = {}
     end = following = 0                         # both count from behind the header
@@ -4215,6 +4216,7 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
     layers = _Layers(header)
     caches = _cache_layers(layers, ctx_size, load)
     kv = _cache_bytes(caches, layers, load)
+    # Slots share the cache, and each has a state of its own.
     states = [size * load.slots for size in layers.state_bytes()]
     tokens = min(load.ubatch, _round_up(ctx_size, CELLS_STEP))
     buffers = _buffers(header, layers, caches, load, tokens)
@@ -4303,6 +4305,7 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
+        # Cards are held against their own budgets: what one lacks another cannot give.
         memory = memory_at(ctx)
         return fits_together([needs(memory)], machine.budgets_gb)
 
@@ -4383,6 +4386,7 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     where it is the output, too.
     """
     file = file.rpartition("/")[2]
+    # Whoever has quantised a model, its file begins with the model's name.
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
@@ -10635,6 +10639,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     if isinstance(think, str):                  # low, medium or high
         body["reasoning_effort"] = think
     elif isinstance(think, bool):
+        # Templates ask for it under this name, each for itself.
         body["chat_template_kwargs"] = {"enable_thinking": think}
     return body
 
@@ -12363,7 +12368,8 @@ def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
         headers["Authorization"] = f"Bearer {token}"
     try:
         with open_url(url, headers, "the model hub", timeout_s=10) as answer:
-            skip = first                        # no ranges there: as far as is needed
+            # A mirror may know no ranges and send the file from its beginning.
+            skip = first
             if answer.status == 206:
                 skip = 0
             data: bytes = answer.read(skip + count)
@@ -12628,6 +12634,7 @@ class Drafting(NamedTuple):
         """Whether the next load drafts: first with, then without, then what was faster."""
         if self.settled:
             return self.with_per_s > self.without_per_s
+        # A model may be stopped before it has written enough: then the same is tried again.
         return self.with_tokens < DRAFT_TRIAL_TOKENS
 
     def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
@@ -12779,6 +12786,7 @@ def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
     """Tier -> what `probe` has found, of those for which it holds still."""
     rows = _read_json(probes_file(data))
+    # Without any, no llama-server is looked for.
     if not rows:
         return {}
     found = {}
@@ -13290,7 +13298,8 @@ def _names_in(directory: str, ending: str) -> List[str]:
         names = os.listdir(directory)
     except OSError:
         return []
-    return sorted(name for name in names if name.endswith(ending))
+    found = [name for name in names if name.endswith(ending)]
+    return sorted(found)
 
 
 def parking_notes(data: str) -> Dict[str, str]:
@@ -13400,7 +13409,8 @@ class Speeds:
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
         known = self.get(identity, what, value)
-        learnt = known + (value - known) / 3
+        news = value - known
+        learnt = known + news / 3
         with self._lock:
             row = dict_of(self._rows.get(identity))
             row = {**row, "model": model, what: round(learnt, 2)}
@@ -13498,7 +13508,8 @@ class Parking:
         per_s = self.speeds.reading(identity, tokens)
         if not self.parks or not per_s:
             return False
-        return tokens / per_s > self._after_s
+        again_s = tokens / per_s
+        return again_s > self._after_s
 
     # ---- files
 
@@ -13548,12 +13559,13 @@ class Parking:
         names = _names_in(self.directory, ".json")
         for identity in set(map(_identity_in, names)):
             for parked in self.saved(identity):
+                path = self.slot_path(identity, parked.slot)
                 rows.append({
                     "tier": self.speeds.model_of(identity),
                     "tokens": parked.tokens,
                     "turns": parked.turns,
-                    "bytes": file_size(self.slot_path(identity, parked.slot)),
-                    "used": round(self.used(identity, parked.slot)),
+                    "bytes": file_size(path),
+                    "used": round(_changed_s(path)),
                 })
         return sorted(rows, key=lambda row: -row["used"])
 
@@ -13701,8 +13713,10 @@ class Bay:
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        used = [slot for slot in self._slots() if slot.tokens or slot.is_busy]
-        return not used
+        for slot in self._slots():
+            if slot.tokens or slot.is_busy:
+                return False
+        return True
 
     def _restore_file(self, parked: Parked) -> int:
         """The status with which a parked conversation is restored; 0 for no answer."""
@@ -13772,7 +13786,8 @@ class Bay:
         least_bytes = SURE_SIMILARITY * len(body)
         short = [parked for parked in restored if parked.body_bytes < least_bytes]
         values = parse_json_object(body)
-        if not any(parked.goes_on_in(values) for parked in short):
+        wanted = [parked for parked in short if parked.goes_on_in(values)]
+        if not wanted:
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
@@ -13790,13 +13805,12 @@ class Bay:
             self._restored = []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        is_worth = self._is_worth(counts.prompt)
-        if not body or not (is_worth or restored):
+        if not body:                            # wants() has told that there is no use in it
             return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if not turns or not is_worth:
+        if not turns or not self._is_worth(counts.prompt):
             return
         talk = Talk(
             at=time.time(),
@@ -13865,7 +13879,8 @@ class Bay:
         # One at a time: a save in use and the one at the end would write the same files.
         with self._saving:
             try:
-                if self.parks and not self._parking.off(self.identity):
+                is_off = self._parking.off(self.identity)
+                if self.parks and not is_off:
                     self._save_all(ending)
                 self._speeds.keep()
             except (OSError, ValueError, UserError) as exc:
