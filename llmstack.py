@@ -13430,8 +13430,8 @@ class Speeds:
         read_tokens = counts.prompt - counts.cached
         per_s = counts.read_per_s
         if per_s and read_tokens >= LEAST_READ_TOKENS:
-            name, *_ = _read_names(counts.prompt)
-            self.note(identity, model, name, per_s)
+            names = _read_names(counts.prompt)
+            self.note(identity, model, names[0], per_s)
         per_s = counts.written_per_s
         if per_s and counts.output >= LEAST_WRITTEN_TOKENS:
             self.note(identity, model, "written", per_s)
@@ -13713,10 +13713,8 @@ class Bay:
 
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        for slot in self._slots():
-            if slot.tokens or slot.is_busy:
-                return False
-        return True
+        slots = self._slots()
+        return not any(slot.tokens or slot.is_busy for slot in slots)
 
     def _restore_file(self, parked: Parked) -> int:
         """The status with which a parked conversation is restored; 0 for no answer."""
@@ -13831,7 +13829,8 @@ class Bay:
                counts: Counts) -> None:
         """Park nothing more of a model that reads again what was restored for this request."""
         for parked in restored:
-            is_used = counts.cached >= parked.prompt // 10
+            least = parked.prompt // 10
+            is_used = counts.cached >= least
             # A slot that holds less is found through the host's cache alone, if that had room.
             is_found = parked.tokens > SLOT_SIMILARITY * counts.prompt
             if is_used or not is_found:
@@ -13912,8 +13911,8 @@ class Bay:
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot in slots:
-            held = [talk for talk in talks if talk.is_in(slot.tokens)]
             talk = unknown
+            held = [talk for talk in talks if talk.is_in(slot.tokens)]
             if held:
                 talk = held[0]
                 talks.remove(talk)
