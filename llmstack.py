@@ -483,8 +483,7 @@ class Facts(NamedTuple):
     turns: int                                  # messages of the user
     max_tokens: int                             # 0 when the request names none
     trigger: str                                # the ultra trigger found, or ""
-    texts: Sequence[str] = ()                   # all that was counted, for class_tokens
-    classes: int = 0                            # what that says of them, 0: not asked yet
+    classes: int = 0                            # what class_tokens says, 0: not asked yet
     ratio: float = 0.0                          # true tokens per class token, 0: not known
 
     @property
@@ -725,12 +724,10 @@ def _count_wide(text: str) -> int:
 class _Tally:
     """Running counts over a body's text."""
 
-    def __init__(self) -> None:
-        self.chars = 0
-        self.wide = 0
-        self.extra = 0
-        self.pictures = 0
-        self.texts: List[str] = []
+    chars = wide = extra = pictures = 0
+
+    def __init__(self, texts: List[str]) -> None:
+        self.texts = texts                      # gets all that is counted
 
     def add_text(self, value: object) -> None:
         """Count text of a message."""
@@ -899,9 +896,13 @@ def _output_tokens_asked(body: Mapping[str, Any]) -> int:
     return asked
 
 
-def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ()) -> Facts:
-    """Count a parsed request body once; wrong types count nothing. `path` is canonical."""
-    tally = _Tally()
+def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
+               texts: Optional[List[str]] = None) -> Facts:
+    """Count a parsed request body once; wrong types count nothing. `path` is canonical.
+
+    `texts` gets all that was counted, for class_tokens: the facts outlive the body.
+    """
+    tally = _Tally([] if texts is None else texts)
     messages = _messages(body)
     turns = 0
     last: object = None
@@ -947,7 +948,6 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = ())
         turns=turns,
         max_tokens=_output_tokens_asked(body),
         trigger=trigger,
-        texts=tally.texts,
     )
 
 
@@ -1013,6 +1013,15 @@ RUNGS: Dict[str, Tuple[str, str]] = {
 }
 
 
+def held_by_all(facts: Facts, config: Config) -> bool:
+    """Whether a request is so short that each tier of the ladder holds it, whatever its text is.
+
+    Where not, class_tokens is worth its time.
+    """
+    reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
+    return facts.most_tokens + reserve <= config.smallest_context
+
+
 def _choose_rung(facts: Facts, routing: Routing) -> str:
     """The first that matches; the order is that of the specification's table."""
     if facts.fim:
@@ -1044,15 +1053,19 @@ def tokens_needed(facts: Facts, tier: Tier) -> int:
 LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine"
 
 
-def _blind(facts: Facts, config: Config) -> Dict[str, str]:
-    """Tiers that take no pictures, where the request has some and another tier takes them."""
-    if not facts.pictures or not any(t.takes_pictures for t in config.ladder):
-        return {}
-    return {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
+def _blind(config: Config) -> Dict[str, str]:
+    """Tiers that take no pictures, where another tier takes them."""
+    blind = {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
+    return blind if len(blind) < len(config.ladder) else {}
 
 
 def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str]) -> List[Tier]:
-    """Of the tiers that hold a request those to ask, in order; one at least where any holds it."""
+    """Of the tiers that hold a request those to ask, in order; one at least where any holds it.
+
+    `down` has those that are barred, too.
+    """
+    if not down:
+        return holds
     for avoided in (down, barred):
         left = [t for t in holds if t.name not in avoided]
         if left:
@@ -1245,7 +1258,9 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     Errors: HttpError 400 where no tier has a role of the ladder.
     Source: README, "How auto decides".
     """
-    barred = {**(barred or {}), **_blind(facts, config)}
+    barred = barred or {}
+    if facts.pictures:
+        barred = {**barred, **_blind(config)}
     down = {**(down or {}), **barred}
     if not facts.auto:
         return Decision(facts.model, "explicit", (), facts, config, down)
@@ -5385,6 +5400,7 @@ _LOOPBACK_NAME = re.compile(
     r"(?:localhost|[a-z0-9.-]+\.localhost|127(?:\.[0-9]{1,3}){3}|\[::1\]|::1)\.?(?::[0-9]{1,5})?\Z")
 
 
+@functools.lru_cache(maxsize=32)                # each request asks it of the same few
 def is_loopback(host: str) -> bool:
     """True for a host, with or without a port, that can only mean this machine."""
     return bool(_LOOPBACK_NAME.match(host.strip().lower()))
@@ -5439,7 +5455,7 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
             return (f"Origin {origin!r} may not use this router;"
                     " allowed_origins in models.ini names pages that may")
         return ""
-    if loopback and request.header(b"sec-fetch-site").lower() == "cross-site":
+    if loopback and request.fields.get(b"sec-fetch-site", b"").lower() == b"cross-site":
         return "cross-site requests may not use this router"
     return ""
 
@@ -10774,6 +10790,14 @@ class Asked:
     tier = ""                                   # that is asked now
     lease: Optional[Lease] = None               # its place there
     wait_s = 0.0                                # until its models were ready, of all tiers tried
+    translation: Optional[Translation] = None
+    patience_s = 0.0                            # how long its first tier may keep it waiting
+    place: Optional[Tuple[int, int]] = None     # of the model's name; None: find it in JSON
+    known = NEW_CONVERSATION                    # by the answers to its earlier turns
+    segments: Segments = ()                     # of its prompt, once its model is at work
+    estimate = 0                                # its tokens by class_tokens, 0: not asked yet
+    loop = False                                # it brings back what a tool has said
+    leaving = STAYS
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
                  values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
@@ -10783,19 +10807,11 @@ class Asked:
         self.body = body
         self.values = values                    # of the body
         self.drop = drop                        # headers that stay here
-        self.translation: Optional[Translation] = None
-        self.patience_s = 0.0                   # how long its first tier may keep it waiting
-        self.place: Optional[Tuple[int, int]] = None    # of the model's name; None: find it in JSON
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation, self.thread = conversation_keys(request.fields, values)
-        self.known = NEW_CONVERSATION           # by the answers to its earlier turns
-        self.segments: Segments = ()            # of its prompt, once its model is at work
-        self.texts: Sequence[str] = ()          # of its prompt, until they are estimated
-        self.estimate = 0                       # its tokens by class_tokens, 0: not asked yet
-        self.loop = False                       # it brings back what a tool has said
-        self.leaving = STAYS
+        self.texts: List[str] = []              # of its prompt, until they are estimated
 
     def look_at_prompt(self) -> bytes:
         """Take the prompt's digests while its model is at work; no header comes of it."""
@@ -10816,7 +10832,7 @@ class Asked:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
         self.body = b""
         self.values = {}
-        self.texts = ()
+        self.texts = []
 
     def row(self, number: int) -> Dict[str, Any]:
         """Its row of /llmstack/requests. Nothing of its text is in it."""
@@ -10882,11 +10898,14 @@ class Descent:
         self.tier, *self._left = decision.chain
         self._tried = {self.tier.name}
         self._own_fault = False
+        self._reason = ""
         self.fallbacks: List[str] = []
 
-    @functools.cached_property
+    @property
     def reason(self) -> str:
-        return self.decision.reason
+        """Why the first tier; put into words once, for headers, log and record."""
+        self._reason = self._reason or self.decision.reason
+        return self._reason
 
     @property
     def route(self) -> Route:
@@ -10905,7 +10924,7 @@ class Descent:
         asked.look_at_prompt()
         if not asked.estimate and decision.facts.most_tokens >= WORTH_LEARNING_TOKENS:
             asked.estimate = class_tokens(asked.texts)
-        asked.texts = ()
+        asked.texts = []
         lines = decision_headers(decision, name, self.fallbacks, self.reason)
         return lines + leaving_header(asked.leaving, name)
 
@@ -11533,7 +11552,7 @@ class RouterApp(App):
         facts: Optional[Facts] = None
         if asked.path in STREAM_ENDS:
             try:
-                facts = read_facts(asked.path, asked.values)._replace(texts=())
+                facts = read_facts(asked.path, asked.values)
             except RecursionError:              # the upstream may take it all the same
                 pass
         looks = asked.look_at_prompt if facts else None
@@ -11595,22 +11614,19 @@ class RouterApp(App):
         self.events.add(row)
 
     def _facts_of(self, asked: Asked, config: Config) -> Facts:
-        """Count a request for the ladder. Errors: HttpError 400.
-
-        The finer estimate is made only where the bounds do not say that every tier holds it.
-        """
+        """Count a request for the ladder. Errors: HttpError 400."""
+        triggers = config.routing.ultra_triggers
         try:
-            facts = read_facts(asked.path, asked.values, config.routing.ultra_triggers)
+            facts = read_facts(asked.path, asked.values, triggers, asked.texts)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
-        asked.texts = facts.texts
-        ratio = 0.0
-        reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
-        if facts.most_tokens + reserve > config.smallest_context:
-            asked.estimate = class_tokens(facts.texts)
-            ratio = self._conversations.get(asked.conversation).ratio
-        # By whatever name it asks. The record keeps the facts, and the texts would fill memory.
-        return facts._replace(auto=True, texts=(), classes=asked.estimate, ratio=ratio)
+        if not facts.auto:                      # another name here means it, too
+            facts = facts._replace(auto=True)
+        if held_by_all(facts, config):
+            return facts
+        asked.estimate = class_tokens(asked.texts)
+        ratio = self._conversations.get(asked.conversation).ratio
+        return facts._replace(classes=asked.estimate, ratio=ratio)
 
     def _decide(self, asked: Asked, now: Snapshot) -> Decision:
         """Where an `auto` request goes. Errors: HttpError 400."""

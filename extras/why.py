@@ -99,7 +99,10 @@ def why_decision(body: Dict[str, Any], places: Any, config: Any, path: str, llms
     barred = {**llmstack.missing_credentials(config, os.environ),
               **llmstack.unserved_hosted(places, config, os.environ)}
     try:
-        facts = llmstack.read_facts(path, body, config.routing.ultra_triggers)
+        texts: List[str] = []
+        facts = llmstack.read_facts(path, body, config.routing.ultra_triggers, texts)
+        if not llmstack.held_by_all(facts, config):
+            facts = facts._replace(classes=llmstack.class_tokens(texts))
         return llmstack.decide(facts, config, barred=barred)
     except llmstack.HttpError as exc:
         hint = f"give a tier one of these roles in {places.models_ini}"

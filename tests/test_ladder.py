@@ -955,7 +955,7 @@ def test_why_explains_a_request_to_programs(capsys: pytest.CaptureFixture[str]) 
         "tier": "code-fast", "rung": "long", "tokens": 33_000,
         "reason": "33,000 tokens > 32,000: stepping down to the long window",
         "refused": {"code-smart": "33,000 tokens > 32,000 and 1 user turns < 10",
-                    "code-ultra": "code-ultra holds 24,000 tokens, this needs 34,024"},
+                    "code-ultra": "code-ultra holds 24,000 tokens, this needs 27,820"},
         "nearest": "9 more user turns \u2192 code-smart",
         "takes": {},
     }
@@ -971,9 +971,9 @@ def test_why_says_what_a_tier_takes_where_that_is_known(
     body = chat("x" * 4 * 33_000)
     assert why(body, "--json") == 0
     assert json.loads(capsys.readouterr().out)["takes"] == {
-        "code-fast": {"read_s": 33.0, "load_s": 4.0}}
+        "code-fast": {"read_s": 26.8, "load_s": 4.0}}
     assert why(body) == 0
-    assert ("On code-fast: about 33.0 s to read it anew, 4.0 s more where it must be loaded"
+    assert ("On code-fast: about 26.8 s to read it anew, 4.0 s more where it must be loaded"
             in capsys.readouterr().out)
 
 
