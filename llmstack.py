@@ -4958,10 +4958,6 @@ def _split_header(line: bytes) -> Header:
     return name.lower(), value.strip(b" \t"), line
 
 
-# A client says most of its lines with each of its requests. Only of short heads: they stay in
-# memory.
-KNOWN_HEAD_BYTES = 2048
-_known_header = functools.lru_cache(maxsize=256)(_split_header)
 
 
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
@@ -4995,6 +4991,13 @@ def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
     return method.decode("ascii"), target.decode("latin-1"), int(minor)
 
 
+# A client says most of its lines with each of its requests. Only of short heads: they stay in
+# memory.
+KNOWN_HEAD_BYTES = 2048
+_known_header = functools.lru_cache(maxsize=256)(_split_header)
+_known_request_line = functools.lru_cache(maxsize=64)(_parse_request_line)
+
+
 def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
     """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
     length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
@@ -5014,13 +5017,15 @@ def parse_request_head(head: bytes) -> Request:
 
     Errors: HttpError 400, and 417 for an expectation other than 100-continue.
     """
+    parse_line, split = _parse_request_line, _split_header
+    if len(head) <= KNOWN_HEAD_BYTES:
+        parse_line, split = _known_request_line, _known_header
     try:
         first, *lines = _split_head(head)
-        parse = _known_header if len(head) <= KNOWN_HEAD_BYTES else _split_header
-        headers = tuple(map(parse, lines[:MAX_HEADERS]))
+        headers = tuple(map(split, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
-    method, target, minor = _parse_request_line(first)
+    method, target, minor = parse_line(first)
     if len(lines) > MAX_HEADERS:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
     # In reverse: of a header that is there twice, the first counts.
@@ -8968,11 +8973,12 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int,
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
     lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
-    drop = drop.union(_DROPPED, request.words)
+    drop = drop | request.words
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += [line for name, _, line in request.headers if name not in drop]
+    lines += [line for name, _, line in request.headers
+              if name not in _DROPPED and name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
@@ -10098,6 +10104,10 @@ def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[s
     return lines
 
 
+# What /metrics calls them -> what the record does.
+_COUNTED_TOKENS = (("prompt", "truth"), ("cached", "cached"), ("output", "output"))
+
+
 class Counters:
     """The sums behind /metrics. A request pays some microseconds for them."""
 
@@ -10133,8 +10143,8 @@ class Counters:
             self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
             if "fallbacks" in row:
                 self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
-            tokens = {"prompt": row["truth"], "cached": row["cached"], "output": row["output"]}
-            for kind, count in tokens.items():
+            for kind, key in _COUNTED_TOKENS:
+                count = row[key]
                 if count:
                     self._add("llmstack_tokens_total", (tier, kind), count)
             if "cost" in row:
@@ -13023,15 +13033,18 @@ class Speeds:
                 rows[identity] = self._rows[identity]
             self._rows, self._read_s = rows, changed_s
 
-    def get(self, identity: str, what: str, otherwise: float = 0.0) -> float:
-        found = dict_of(self._rows.get(identity)).get(what)
-        if isinstance(found, (int, float)) and found > 0:
-            return float(found)
-        return otherwise
+    def get(self, identity: str, *names: str) -> float:
+        """The first speed known of several names; 0.0 for none."""
+        row = dict_of(self._rows.get(identity))
+        for name in names:
+            found = row.get(name)
+            if found and isinstance(found, (int, float)) and found > 0:
+                return float(found)
+        return 0.0
 
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
-        known = self.get(identity, what, value)
+        known = self.get(identity, what) or value
         learnt = known + (value - known) / 3
         with self._lock:
             row = dict_of(self._rows.pop(identity, None))
@@ -13047,11 +13060,7 @@ class Speeds:
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        for name in self._read_names(max(tokens, 0)):
-            per_s = self.get(identity, name)
-            if per_s:
-                return per_s
-        return 0.0
+        return self.get(identity, *self._read_names(max(tokens, 0)))
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
@@ -13071,7 +13080,7 @@ class Speeds:
 
     def load_s(self, identity: str) -> float:
         """Seconds that the next load takes, out of memory where one has been seen; 0.0: unknown."""
-        return self.get(identity, "load") or self.get(identity, "disk")
+        return self.get(identity, "load", "disk")
 
     def model_of(self, identity: str) -> str:
         """The model that an identity was last of, "" where it is not known."""
@@ -13429,7 +13438,7 @@ class Bay:
         speeds = self._parking.speeds
         per_s = speeds.reading(self.identity, self.tokens)
         if self.parks and self._parking.worth(self.identity, self.tokens):
-            per_s = speeds.get(self.identity, "restored", SAVED_PER_S)
+            per_s = speeds.get(self.identity, "restored") or SAVED_PER_S
         if not per_s:
             return 0.0
         return self.tokens / per_s
@@ -13476,7 +13485,7 @@ class Bay:
     def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
                    end: float) -> List[Talk]:
         """Save what the slots hold; the conversations that none of them holds."""
-        per_s = self._parking.speeds.get(self.identity, "saved", SAVED_PER_S)
+        per_s = self._parking.speeds.get(self.identity, "saved") or SAVED_PER_S
         unknown = NO_TALK._replace(at=time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
@@ -13781,7 +13790,8 @@ class Engine:
         self._proxy: Optional[Model] = None
         if plan.proxy:
             self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
-        self._changed = threading.Condition()   # the lock of all models and of what follows
+        self._lock = threading.RLock()          # of all models and of what follows
+        self._changed = threading.Condition(self._lock)
         self._tickets: List[Ticket] = []        # who waits, the longest first
         self._closing = False
         self._epoch = time.time() - time.monotonic()
@@ -13820,14 +13830,14 @@ class Engine:
         process = model.process
         # poll() is a system call, so it stands before the lock.
         died = process is not None and process.poll() is not None
-        with self._changed:
+        with self._lock:                        # half the cost of the condition's own `with`
             if self._closing:
                 raise LoadError("the engine is stopping")
             if died and model.state == "ready" and model.process is process:
                 self._log.warning(f"{model.name}: its server has died"
                                   f" (exit {process.returncode}); starting it again")
                 self._forget(model)
-            if model.state == "ready" and not self._must_yield(ticket):
+            if model.state == "ready" and not (self._tickets and self._must_yield(ticket)):
                 self._unqueue(ticket)
                 model.in_flight += 1
                 model.last_used = time.monotonic()
@@ -13914,7 +13924,7 @@ class Engine:
             self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
-        with self._changed:
+        with self._lock:
             model.in_flight -= 1
             model.last_used = time.monotonic()
             if self._tickets:
