@@ -1150,7 +1150,7 @@ class Decision(NamedTuple):
             return f"{name} is hosted, and {LOCAL_ONLY}"
         need = tokens_needed(facts, tier)
         if need > tier.ctx_size:
-            return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
+            return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,} ({facts.source})"
         if name in self.down:
             return f"{name} is left alone for now: {self.down[name]}"
         if ladder.index(tier) > ladder.index(self.chain[0]):
@@ -1184,7 +1184,7 @@ class Decision(NamedTuple):
             return f"{reason}; stays on {self.tier}, {self.stays}"
         if not self.held:
             need = tokens_needed(self.facts, chosen)
-            return (f"{reason}; no tier holds {need:,} tokens,"
+            return (f"{reason}; no tier holds {need:,} tokens ({self.facts.source}),"
                     f" {chosen.name} has the largest context")
         if chosen is not best:
             return f"{reason}; {self._why_not(best)}, so {chosen.name}"
