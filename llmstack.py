@@ -12480,6 +12480,7 @@ def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
         return _projector_in(os.path.dirname(model))
+    # The project's own file stands for itself.
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -13300,11 +13301,12 @@ def parked_dir(data: str) -> str:
 
 def parking_flags(data: str) -> List[str]:
     """llama-server's; none where the directory cannot be made, for it does not start without."""
+    directory = parked_dir(data)
     try:
-        make_private_dir(parked_dir(data))
+        make_private_dir(directory)
     except OSError:
         return []
-    return ["--slot-save-path", parked_dir(data)]
+    return ["--slot-save-path", directory]
 
 
 def file_edges(path: str) -> str:
@@ -13555,8 +13557,11 @@ class Parking:
 
     def turn_off(self, identity: str, model: str, why: str) -> None:
         """Park nothing more under an identity, and drop what is there. Errors: UserError."""
-        path = self.path(identity + ".off")
-        write_atomic(path, json.dumps({"model": model, "why": why}))
+        row = {
+            "model": model,
+            "why": why,
+        }
+        write_atomic(self.path(identity + ".off"), json.dumps(row))
         for parked in self.saved(identity):
             self.drop(identity, parked.slot)
 
@@ -13644,8 +13649,9 @@ class Parking:
             total = 0
             for name in _names_in(self.directory, ".kv"):
                 status = os.stat(self.path(name))
-                files.append((status.st_mtime_ns, name, status.st_size))
-                total += status.st_size
+                size = status.st_size
+                files.append((status.st_mtime_ns, name, size))
+                total += size
             # What is parked already may be dropped for it, so its bytes count as free.
             free = shutil.disk_usage(self.directory).free + total
             room = min(self._most_bytes, free - PARKED_LEAST_FREE_BYTES)
@@ -13789,7 +13795,8 @@ class Bay:
         count = len(self._restored)
         if count:
             took_s = time.monotonic() - began
-            self._learn("restored", tokens / max(took_s, 1e-3))
+            per_s = tokens / max(took_s, 1e-3)
+            self._learn("restored", per_s)
             self._log.info(f"{self._name}: restored {tokens:,} tokens of {count} conversations"
                            f" in {took_s:.2f} s")
         return True
