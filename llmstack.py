@@ -7350,28 +7350,41 @@ def _remember(places: Places, name: str, data: bytes) -> None:
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
 
+def _percent_code(found: Match[bytes]) -> bytes:
+    return b"%%%02X" % ord(found.group())
+
+
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
     # Two spellings of one directory are one project.
-    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
+    path = os.path.normcase(os.path.realpath(project))
+    # urllib can quote, but its import would cost each shell prompt some milliseconds.
+    code = re.sub(rb"[^A-Za-z0-9/._-]", _percent_code, os.fsencode(path))
     return code.decode("ascii")
 
 
 def new_mark(project: str, kind: str = "stack") -> str:
     """A mark for one start in `project`; nobody else can have it."""
-    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+    start = os.urandom(12).hex()
+    return f"{kind}-{start}:{_project_code(project)}"
 
 
 def _marked_project(mark: str) -> str:
     """The project that a mark names, "" where it names none."""
     from urllib.parse import unquote_to_bytes
-    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
+    code = mark.partition(":")[2]
+    return os.fsdecode(unquote_to_bytes(code))
+
+
+# Of /proc/PID/stat, counted behind the program's name: the process's start in ticks since boot.
+_STAT_START = 19
 
 
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
-    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # A program's name may hold blanks and parentheses itself.
+    _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
+    return fields.split()
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -7384,11 +7397,13 @@ def _is_empty_shell(pid: int) -> bool:
 
 def _linux_started(pid: int) -> str:
     fields = _linux_stat(pid)
-    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+    if not fields:
+        return ""
+    if fields[0] in "ZX" and _is_empty_shell(pid):
         return ""
     # Ticks since boot come again after the next boot; the boot's own id does not.
-    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-    return f"{boot}-{fields[19]}"
+    boot = read_text("/proc/sys/kernel/random/boot_id")
+    return f"{boot[:8]}-{fields[_STAT_START]}"
 
 
 def _windows_started(pid: int) -> str:
@@ -7411,7 +7426,8 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    command = ["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]
+    return program_output(command).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7427,7 +7443,9 @@ def process_started(pid: int) -> str:
         return _linux_started(pid)
     if _ps_says(pid, "stat").startswith("Z"):
         return ""
-    return " ".join(_ps_says(pid, "lstart").split())
+    # ps pads the day of the month with a blank.
+    words = _ps_says(pid, "lstart").split()
+    return " ".join(words)
 
 
 def process_age_s(pid: int) -> Optional[float]:
@@ -7435,7 +7453,8 @@ def process_age_s(pid: int) -> Optional[float]:
     fields = _linux_stat(pid)
     if fields:
         up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        started_s = int(fields[_STAT_START]) / os.sysconf("SC_CLK_TCK")
+        return up_s - started_s
     # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
     words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
     if not words:
@@ -7447,10 +7466,8 @@ def process_age_s(pid: int) -> Optional[float]:
 
 
 def _all_pids() -> List[int]:
-    """Every process of this machine but this one, on Linux."""
-    names = os.listdir("/proc")
-    pids = {int(name) for name in names if name.isdigit()}
-    return sorted(pids - {os.getpid()})
+    """Every process of this machine, on Linux."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _has_proc() -> bool:
@@ -7479,14 +7496,18 @@ def _variables(words: Iterable[str]) -> Dict[str, str]:
 
 def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
     """Process -> its environment, which ps writes behind the command line."""
-    bare = _ps("-ww", *which, "-o", "pid=,command=")
-    whole = _ps("-wwE", *which, "-o", "pid=,command=")
+    shown = (*which, "-o", "pid=,command=")
+    bare = _ps("-ww", *shown)
+    whole = _ps("-wwE", *shown)
     found = {}
     for pid, text in whole.items():
         command = bare.get(pid, text)
+        # Another process may have got the number between the two calls.
+        if not text.startswith(command):
+            continue
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
-        if words and text.startswith(command):
+        if words:
             found[pid] = _variables(words)
     return found
 
@@ -7498,29 +7519,33 @@ def process_environment(pid: int) -> Optional[Dict[str, str]]:
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
+        data = read_regular(f"/proc/{pid}/environ")
     except OSError:
         return None
+    return _variables(os.fsdecode(data).split("\0"))
 
 
 def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
-        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={pid}).CommandLine"
         return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+        data = read_regular(f"/proc/{pid}/cmdline")
     except OSError:
         return []
+    return os.fsdecode(data).split("\0")
 
 
 def process_user(pid: int) -> Optional[int]:
     """The number of the user a process runs as; None where that cannot be told."""
     if IS_WINDOWS:
         return None
-    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    # The second number is the effective user.
+    status = read_text(f"/proc/{pid}/status")
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
     if found:
         return int(found.group(1))
     uid = _ps_says(pid, "uid")
@@ -7541,12 +7566,10 @@ def _marks() -> Dict[int, str]:
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
-    marks = {}
-    for pid, environment in environments.items():
-        mark = _mark_in(environment)
-        if mark and pid != os.getpid():
-            marks[pid] = mark
-    return marks
+    marks = {pid: _mark_in(environment) for pid, environment in environments.items()}
+    # Whoever stops what carries a mark goes on itself.
+    marks.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in marks.items() if mark}
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -7554,15 +7577,12 @@ def stack_members(stack: str) -> Dict[int, str]:
     return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
-def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
-    """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    code = _project_code(project)
-    found = {}
-    for pid, mark in _marks().items():
-        start, _, marked = mark.partition(":")
-        if start.startswith(f"{kind}-") and marked == code:
-            found[pid] = mark
-    return found
+def project_members(project: str) -> Dict[int, str]:
+    """Living processes of a project's stack, records or none: (pid -> mark)."""
+    end = ":" + _project_code(project)
+    # A worker that downloads for the project outlives its stack; its mark begins otherwise.
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith("stack-") and mark.endswith(end)}
 
 
 class Record(NamedTuple):
@@ -7594,7 +7614,7 @@ def record_is_ours(record: Record, project: str) -> bool:
     return record.stack.partition(":")[2] == _project_code(project)
 
 
-MAX_PID = 2 ** 32 - 1
+MAX_PID = 2 ** 32 - 1                           # of Windows; other systems' are smaller
 
 
 def _is_recorded(name: str, value: Any) -> bool:
@@ -7602,8 +7622,6 @@ def _is_recorded(name: str, value: Any) -> bool:
     if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
-    if name in ("started", "stack") and not value:
-        return False
     return isinstance(value, str) and value.isprintable()
 
 
@@ -7615,9 +7633,10 @@ def parse_record(text: str) -> Optional[Record]:
     pid = int(number)
     if not 1 < pid <= MAX_PID:
         return None
-    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values[name] for name in Record._fields[1:]}
-    if not all(_is_recorded(name, value) for name, value in fields.items()):
+    values = {**Record._field_defaults, **parse_json_object(rest)}
+    # What a newer version may have written beside them is no fault.
+    fields: Dict[str, Any] = {name: values.get(name) for name in Record._fields[1:]}
+    if not all(itertools.starmap(_is_recorded, fields.items())):
         return None
     return Record(pid, **fields)
 
@@ -7638,22 +7657,28 @@ def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     return environment
 
 
-def owned_process(record: Optional[Record], project: str) -> bool:
-    """True where a record's process is alive and proves to be what was started for `project`.
+def _is_proven(record: Record) -> bool:
+    """True where the living process of a record is the one that it was written for.
 
     The proof is the mark in its environment, or, where no environment can be read, that it runs our
     program or reads what stands in the project's .llmstack/.
     """
-    if record is None or not record_is_ours(record, project) or not record.alive:
-        return False
     environment = _settled_environment(record.pid)
     if environment is not None:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
-    command = os.path.normcase(" ".join(process_command(record.pid)))
-    program = os.path.normcase(os.path.basename(PROGRAM))
-    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
-    return program in command or state in command
+    command = " ".join(process_command(record.pid))
+    # Windows writes the same path in upper and lower case.
+    command = os.path.normcase(command)
+    proofs = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
+    return any(os.path.normcase(proof) in command for proof in proofs)
+
+
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`."""
+    if record is None or not record_is_ours(record, project):
+        return False
+    return record.alive and _is_proven(record)
 
 
 def proven_record(text: str, project: str) -> Optional[Record]:
@@ -7665,7 +7690,7 @@ def proven_record(text: str, project: str) -> Optional[Record]:
     record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    if record.alive and not owned_process(record, project):
+    if record.alive and not _is_proven(record):
         return None
     return record
 
@@ -7676,7 +7701,8 @@ def read_record(path: str) -> Optional[Record]:
     A link in the file's place makes it nobody else's.
     """
     state = os.path.realpath(os.path.dirname(path))
-    return proven_record(read_text(path), os.path.dirname(state))
+    project = os.path.dirname(state)
+    return proven_record(read_text(path), project)
 
 
 def _signal_process(pid: int, number: int) -> None:
@@ -7720,8 +7746,8 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     # The child has its own copy of the descriptor.
     with output:
         try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), close_fds=True, **flags)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=env, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7774,26 +7800,16 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
     return False
 
 
-def _stop_marked(marks: Mapping[int, str]) -> int:
+def stop_members(members: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
     stopped = 0
-    for pid, mark in marks.items():
+    for pid, mark in members.items():
         started = process_started(pid)
         # Meanwhile another process may have got the number.
         if _mark_in(process_environment(pid)) == mark:
             stop_process(pid, started, 2.0)
             stopped += 1
     return stopped
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of one start; returns how many there were."""
-    return _stop_marked(stack_members(stack))
-
-
-def stop_project_members(project: str, kind: str = "stack") -> int:
-    """Stop all that was started for a project, though no record is left; returns how many."""
-    return _stop_marked(project_members(project, kind))
 
 
 def stop_recorded(record: Record, project: str, grace_s: float) -> int:
@@ -7804,11 +7820,14 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = int(owned_process(record, project))
-    if stopped and not stop_process(record.pid, record.started, grace_s):
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                        f"end it by hand: kill -9 {record.pid}")
-    return stopped + stop_stack_members(record.stack)
+    pid = record.pid
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not stop_process(pid, record.started, grace_s):
+            raise UserError(f"{record.kind} (pid {pid}) does not stop",
+                            f"end it by hand: kill -9 {pid}")
+    return stopped + stop_members(stack_members(record.stack))
 
 
 def _group_of(pid: int) -> int:
@@ -7818,12 +7837,18 @@ def _group_of(pid: int) -> int:
         return 0
 
 
+# EACCES is what a port below 1024 gives; then the same two as Windows numbers them.
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES, 10_048, 10_013)
+
+
 def _listen_once(host: str, port: int) -> int:
     """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7831,8 +7856,7 @@ def _listen_once(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
-            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            if exc.errno in _PORT_TAKEN or getattr(exc, "winerror", 0) in _PORT_TAKEN:
                 return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
@@ -7851,12 +7875,13 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None and time.monotonic() < end:
             time.sleep(0.02)
             continue
-        problem = f"exited with {code}"
+        problem = f"exited with {code} at start"
         if code is None:
-            problem = f"did not answer within {patience_s} s"
+            problem = f"did not answer within {patience_s} s at start"
+        # What stood in the log before is of an earlier start.
         if file_size(log) > log_bytes:
-            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
-        raise UserError(f"{what} {problem} at start", f"see {log}")
+            problem += f":\n{tail_of(log)}"
+        raise UserError(f"{what} {problem}", f"see {log}")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -7891,14 +7916,15 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     """Sockets that listen on `port`, with the number of their user."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        # The columns stand in proc(5); two that it names share one here, twice.
         for row in read_text(table).splitlines()[1:]:
-            fields = row.split()
-            address, _, number = fields[1].rpartition(":")
-            # 0A is LISTEN.
-            listens = fields[3] == "0A" and int(number, 16) == port
-            if listens and address in _LOCAL_ADDRESSES:
-                user, inode = int(fields[7]), fields[9]
-                found[f"socket:[{inode}]"] = user
+            _, local, _, state, _, _, _, user, _, inode = row.split()[:10]
+            address, _, number = local.rpartition(":")
+            if address not in _LOCAL_ADDRESSES or int(number, 16) != port:
+                continue
+            # LISTEN.
+            if state == "0A":
+                found[f"socket:[{inode}]"] = int(user)
     return found
 
 
@@ -7919,13 +7945,17 @@ def _linux_listeners(port: int) -> Set[int]:
     sockets = _linux_sockets(port)
     if not sockets:
         return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
+    holders = set()
+    for pid in _all_pids():
+        if not sockets.keys().isdisjoint(_open_files(pid)):
+            holders.add(pid)
+    return holders
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
     """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    row = rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$"
+    found = re.findall(row, netstat, re.MULTILINE)
     return {int(pid) for pid in found}
 
 
@@ -7938,15 +7968,19 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(program_output(["netstat", "-ano"]), port)
-    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
+        netstat = program_output(["netstat", "-ano"])
+        return _windows_listeners(netstat, port)
+    command = ["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]
+    words = program_output(command).split()
+    return {int(pid) for pid in words if pid.isdigit()}
 
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
+    # The program itself, or Python and then the program.
     words = process_command(pid)[:2]
-    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
+    program = re.compile(r"(^|[/\\])llmstack(\.pyz?)?\Z")
+    return any(map(program.search, words))
 
 
 def _hidden_holder(port: int) -> str:
@@ -7979,7 +8013,9 @@ def port_holder(port: int) -> str:
     name = read_text(f"/proc/{pid}/comm").strip()
     if not name:
         name = os.path.basename(_ps_says(pid, "comm"))
-    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+    # Any process may give itself any name.
+    name = visible(name, 80) or "a program"
+    return f"{name} (pid {pid})"
 
 
 # ==================================================================================================
@@ -8031,7 +8067,9 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str) -> str:
     """The Python of an environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
     return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
@@ -8039,15 +8077,17 @@ def _has_its_python(directory: str, python: str) -> bool:
     """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1)):
+    if home is None or not os.path.isdir(home[1]):
         return False
     if not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
+    # One whose name tells no version, as on Windows, has its packages where any other would look.
     if not re.match(r"python3\.[0-9]+t?\Z", name):
         return True
-    return os.path.isdir(os.path.join(directory, "lib", name))
+    packages = os.path.join(directory, "lib", name)
+    return os.path.isdir(packages)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
@@ -8055,7 +8095,8 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_program(wanted, data))
+    python = environment_program(wanted, data)
+    return _has_its_python(directory, python)
 
 
 def _launched_python(minor: int) -> str:
@@ -8081,7 +8122,7 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     if sys.version_info[1] in minors:
         return sys.executable
     for minor in reversed(minors):
-        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        python = find_program(f"python3.{minor}{EXE}") or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
     return ""
@@ -8103,24 +8144,24 @@ def run_with_progress(what: str, command: Sequence[str],
     import tempfile
     began = time.monotonic()
     with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while not _ends_within(process, 1):
-                progress.show(f"  {what}: {time.monotonic() - began:.0f} s")
+                passed_s = time.monotonic() - began
+                progress.show(f"  {what}: {passed_s:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
             process.wait()
             raise
+        passed_s = time.monotonic() - began
+        if not process.returncode:
+            progress.say(f"  {what}: done in {passed_s:.0f} s")
+            return None
+        progress.say(f"  {what}: failed after {passed_s:.0f} s")
         output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-        passed = time.monotonic() - began
-        if process.returncode:
-            progress.say(f"  {what}: failed after {passed:.0f} s")
-            return text
-        progress.say(f"  {what}: done in {passed:.0f} s")
-    return None
+        return output.read().decode("utf-8", "replace")
 
 
 def outside_pip(python: str) -> List[str]:
@@ -8128,10 +8169,12 @@ def outside_pip(python: str) -> List[str]:
 
     -I keeps a pip.py of the current directory from being taken for it.
     """
+    # Most of the time both are the same.
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
-        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+        said = program_output([*command, "--version"])
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", said)
+        if version and tuple(map(int, version.groups())) >= OLDEST_PIP:
             return command
     return []
 
@@ -8140,11 +8183,27 @@ def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
         return [wanted.requirement]
-    words = [wanted.requirement]
-    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
+    # pip takes hashes from a file alone.
+    line = wanted.requirement
+    for digest in wanted.hashes:
+        line += f" --hash=sha256:{digest}"
     path = os.path.join(directory, "requirements.txt")
-    write_atomic(path, " ".join(words) + "\n")
+    write_atomic(path, line + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
+
+
+def _install_error(wanted: PrivateEnvironment, what: str, output: str) -> UserError:
+    """What to say where a step of an installation has failed."""
+    hint = "see that PyPI can be reached, then again"
+    # Debian keeps venv's part of Python in a package of its own.
+    if "ensurepip" in output:
+        hint = "apt install python3-venv, then again"
+    if wanted.otherwise:
+        hint += f"; {wanted.otherwise}"
+    # pip and venv say the reason last.
+    said = output.strip() or "no reason given"
+    reason = said.splitlines()[-1]
+    return UserError(f"the {what} failed: {reason}", hint)
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -8155,7 +8214,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     """
     import shutil
     directory = environment_dir(wanted, data)
-    if os.path.exists(os.path.join(directory, "ready")):
+    ready = os.path.join(directory, "ready")
+    if os.path.exists(ready):
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
@@ -8167,25 +8227,19 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         make.append("--without-pip")
         pip = [*outside, "--python", inside]
     pip += ["install", "--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += _requirement_words(wanted, directory)
     steps = (
         ("environment", make),
-        ("download and install", [*pip, *_requirement_words(wanted, directory)]),
+        ("download and install", pip),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = run_with_progress(what, command, say)
-        if output is None:
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        # pip and venv say the reason last.
-        said = output.strip() or "no reason given"
-        reason = said.splitlines()[-1]
-        hint = "see that PyPI can be reached, then again"
-        # Debian keeps venv's part of Python in a package of its own.
-        if "ensurepip" in output:
-            hint = "apt install python3-venv, then again"
-        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
-    write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise _install_error(wanted, what, output)
+    # Last: an environment without it is made anew.
+    write_atomic(ready, wanted.version + "\n")
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
@@ -8195,12 +8249,14 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
     """
     if environment_ready(wanted, data):
         return
+    what = wanted.what
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
+        raise UserError(f"{what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {what}; waiting")):
+        # Whoever held the lock may have made it.
         if not environment_ready(wanted, data):
             _make_environment(wanted, data, python, say)
 
@@ -14810,7 +14866,7 @@ class SwapApp(UpstreamApp):
         self.log.error(
             f"llama-swap has died (exit {code}); starting it again, see {self._output}")
         # The models that it has left hold the ports that it would give to others.
-        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        stop_members(stack_members(_mark_in(self._env)))
         if self._bays:
             self._bays.forget_all()
         try:
@@ -15345,7 +15401,7 @@ def _take_down(places: Places) -> int:
     if record is not None:
         stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
     # What a crash has left has no record any more, but its mark.
-    stopped += stop_project_members(places.work)
+    stopped += stop_members(project_members(places.work))
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
     if _read_json(owner_file(places.data)).get("work") == places.work:
