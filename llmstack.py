@@ -10801,12 +10801,17 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     return request, body
 
 
-def read_object(body: bytes) -> Dict[str, Any]:
-    """The JSON object in a request's body. Errors: HttpError 400."""
+def read_json(body: bytes) -> Any:
+    """The JSON in a request's body. Errors: HttpError 400."""
     try:
-        values = parse_json(str(body, "utf-8"))
+        return parse_json(str(body, "utf-8"))
     except (ValueError, RecursionError) as exc:
         raise HttpError(400, f"the body is not JSON: {exc}") from None
+
+
+def read_object(body: bytes) -> Dict[str, Any]:
+    """The JSON object in a request's body. Errors: HttpError 400."""
+    values = read_json(body)
     if not isinstance(values, dict):
         raise HttpError(400, "the body is not a JSON object")
     return values
@@ -13708,11 +13713,14 @@ def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     """The model of a local tier: it takes what was measured, else what its file's size says."""
     if fit is None:
         weights = weights_for(tier)
-        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
+        size_gb = weights.size_gb or file_size(weights.path) / 1e9
+        return Model(tier, footprint_gb(size_gb))
     model = Model(tier, fit.need_gb)
-    model.needs, model.memory = fit.needs, fit.memory
+    model.needs = fit.needs
+    model.memory = fit.memory
     if fit.memory is not None:
-        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+        weights_gb = fit.memory.weights / 1e9
+        model.cost = tier_cost(tier, weights_gb)
     return model
 
 
@@ -13736,11 +13744,13 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    if not is_copied:
+        return 0.0
     read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
-    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
-        return 0.0
-    return read_bytes / size_bytes
+    if OWN_READ_BYTES < read_bytes < size_bytes:
+        return read_bytes / size_bytes
+    return 0.0
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13805,22 +13815,24 @@ class Engine:
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
         self.config = config
         self._command = command
-        self._log, self._log_path = log, log_path
-        self._env = dict(plan.env)
-        self._local_env = without_credentials(plan.env)
-        self._first_port = plan.first_port
+        self._log = log
+        self._log_path = log_path
+        self._plan = plan
         self._parking = plan.parking
-        self._budget_gb = plan.budget_gb
+        # Servers of models on this machine ask no provider.
+        self._local_env = without_credentials(plan.env)
         self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
         fits = {fit.name: fit for fit in plan.fits}
-        needs = {name: fit.needs for name, fit in fits.items()}
+        needs = {fit.name: fit.needs for fit in plan.fits}
         self._sets = residency_sets(config, needs or None, self._budgets_gb)
         self.models: Dict[str, Model] = {}
         for tier in local_tiers(config):
-            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
+            fit = fits.get(tier.name)
+            self.models[tier.name] = _model_of(tier, fit)
         self._proxy: Optional[Model] = None
         if plan.proxy:
-            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+            self._proxy = Model(plan.proxy.tier, 0.0, plan.proxy)
+            self.models[PROXY] = self._proxy
         self._changed = threading.Condition()   # the lock of all models and of what follows
         self._tickets: List[Ticket] = []        # who waits, the longest first
         self._closing = False
@@ -13906,19 +13918,23 @@ class Engine:
 
     def _loading_stage(self, model: Model) -> str:
         """How far the load of a model is. Whoever holds the lock asks."""
+        name = model.name
         leaving = [m.name for m in self.models.values() if m.state == "stopping"]
         if leaving and model.process is None:
-            return f"unloading {', '.join(leaving)} to load {model.name}"
-        if model.listening or self._is_here(model):
-            return f"loading {model.name}{percent_words(self._loaded(model))}"
-        return f"downloading {model.name}"
+            return f"unloading {', '.join(leaving)} to load {name}"
+        if not model.listening and not self._is_here(model):
+            return f"downloading {name}"
+        share = self._loaded(model)
+        return f"loading {name}{percent_words(share)}"
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load that is done, 0.0 where that is not known."""
-        if model.proxy or model.process is None:
+        process = model.process
+        if model.proxy or process is None:
             return 0.0
-        parts = local_parts(weights_for(model.tier), self._local_env)
-        return read_share(model.process.pid, model.command, parts)
+        weights = weights_for(model.tier)
+        paths = local_parts(weights, self._local_env)
+        return read_share(process.pid, model.command, paths)
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
@@ -13929,9 +13945,11 @@ class Engine:
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
-        if model.proxy:
-            return True
-        return bool(cached_model(weights_for(model.tier), self._local_env))
+        return bool(model.proxy or self._cached(model))
+
+    def _cached(self, model: Model) -> str:
+        """The first file of a model, "" where not all of it is on this disk."""
+        return cached_model(weights_for(model.tier), self._local_env)
 
     def _queue(self, ticket: Ticket) -> None:
         if ticket not in self._tickets:
@@ -13963,60 +13981,82 @@ class Engine:
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
         name = ticket.model.name
-        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
-        waiting = [other for other in self._tickets if name in other.blocked_by]
-        return any(other.since < fair_since for other in waiting)
+        fair_since = time.monotonic() - FAIR_WAIT_S
+        # A ticket that is older than theirs was here first.
+        fair_since = min(fair_since, ticket.since)
+        blocked = [other.since for other in self._tickets if name in other.blocked_by]
+        return min(blocked, default=fair_since) < fair_since
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
 
         Errors: LoadError.
         """
-        model = ticket.model
-        if model.proxy:
+        if ticket.model.proxy:
             return []
-        others = [m for m in self.models.values() if m is not model and not m.proxy]
-        leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
-        running = [m for m in others if m.state in ("starting", "ready")]
+        leaving, running = set(), []
+        for model in self.models.values():
+            # LiteLLM's proxy takes no memory that counts.
+            if model.proxy or model.state == "stopped":
+                continue
+            if model.state == "stopping":
+                leaving.add(model.name)
+            else:
+                running.append(model)
         busy = self._busy_names(ticket, running)
-        victims = self._victims(model, running, busy)
-        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        victims = self._victims(ticket.model, running, busy)
+        # What is leaving makes room as it is: whether that is enough is known once it is gone.
+        ticket.blocked_by = leaving | busy.intersection(victims)
         if ticket.blocked_by:
             return None
         return [self.models[name] for name in victims]
 
     def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
         """What may not be stopped for a ticket now."""
+        busy = {m.name for m in running if not m.is_idle}
         # Who has waited longer for a model that runs is to find it loaded.
-        ahead = self._tickets[:self._tickets.index(ticket)]
-        wanted = {other.model.name for other in ahead}
-        return {m.name for m in running if not m.is_idle or m.name in wanted}
+        for other in self._tickets:
+            if other is ticket:
+                break
+            busy.add(other.model.name)
+        return busy
 
     def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
         """What has to go before a model can load, busy or not. Errors: LoadError."""
         limits_gb = self._limits_gb(model, running)
         costs = {m.name: self._keeping_cost(m) for m in running}
+
+        def reluctance(other: Model) -> Tuple[bool, float, float]:
+            return other.name in busy, costs[other.name], other.last_used
+
         # Idle ones first, of these the cheapest to bring back.
-        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in order]
-        victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [m for m in order if m.name not in victims]
-        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
-            victims.append(staying.pop(0).name)
+        order = sorted(running, key=reluctance)
+        needs = {m.name: m.needs for m in order}
+        victims = choose_evictions(model.name, list(needs), self._sets, costs)
+        for name in victims:
+            del needs[name]
+        while not fits_together([model.needs, *needs.values()], limits_gb):
+            cheapest = next(iter(needs))
+            del needs[cheapest]
+            victims.append(cheapest)
         return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
         """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        budgets_gb = self._budgets_gb
+        alone = [model.needs]
         words = f"{model.name} needs about {gb_words(model.needs)}"
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
+        if not fits_together(alone, budgets_gb):
+            raise LoadError(f"{words} and the budget is {gb_words(budgets_gb)} (memory_gb in"
                             " models.ini)")
         if not self.pressure:
-            return self._budgets_gb
+            return budgets_gb
         # While memory is short, no more than is held now.
-        nothing = (0.0,) * len(self._budgets_gb)
-        held_gb = needs_together([nothing, *(m.needs for m in running)])
-        if not fits_together([model.needs], held_gb):
+        held = [m.needs for m in running]
+        # Where nothing is held, that is nothing of each memory.
+        held.append((0.0,) * len(budgets_gb))
+        held_gb = needs_together(held)
+        if not fits_together(alone, held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
 
@@ -14058,49 +14098,48 @@ class Engine:
         load_s = time.monotonic() - began
         while not self._restore(model):
             self._start(model)
-        self._note_load(model, load_s)
+        if self._parking is not None and model.bay is not None:
+            path = self._cached(model)
+            pid = model.process.pid
+            self._parking.speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
         with self._changed:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
-            took_s = time.monotonic() - model.since
+            began = model.since
             model.turn_to("ready")
             model.loads += 1
-            model.last_used = time.monotonic()
+            model.last_used = model.since
+            took_s = model.since - began
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
-
-    def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took."""
-        if self._parking is None or model.bay is None:
-            return
-        weights = cached_model(weights_for(model.tier), self._local_env)
-        model.identity = model.bay.identity
-        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
-                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
+        parking = self._parking
         model = self.models.get(name)
-        if model is None or self._parking is None:
+        if model is None or parking is None:
             return Pace()
         bay = model.bay
+        # A bay that is being emptied tells nothing any more.
         if bay is not None and model.state == "ready":
             return bay.pace(tokens)
-        identity = model.identity or self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        identity = model.identity or parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(model.cost)
+        back_s = 0.0
         if self._parking is not None and model.identity:
-            back_s = self._parking.speeds.load_s(model.identity) or back_s
+            back_s = self._parking.speeds.load_s(model.identity)
+        # Before a load has been seen, a guess by its size.
+        back_s = back_s or model.cost
         if model.bay is not None:
             back_s += model.bay.back_s()
-        idle_s = time.monotonic() - model.last_used
-        return back_s / (1 + idle_s / 60)
+        idle_minutes = (time.monotonic() - model.last_used) / 60
+        return back_s / (1 + idle_minutes)
 
     def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
@@ -14115,32 +14154,39 @@ class Engine:
         log = self._log_path(model.name)
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
+        name = model.name
         path = weights_for(model.tier).path
         if path and not os.path.exists(path):
-            raise LoadError(f"{model.name}: there is no {path}")
+            raise LoadError(f"{name}: there is no {path}")
         for tries_left in (2, 1, 0):
-            before = file_size(log)
-            self._spawn_server(model, log)
+            # LiteLLM's proxy has a port of its own.
+            may_move = tries_left > 0 and not model.proxy
+            log_bytes = file_size(log)
+            port = self._spawn_server(model, log)
             code = self._wait_healthy(model, log, bool(path))
-            others = self._others_listening(model)
-            if code is None and not (others and tries_left):
-                return
             if code is None:
+                # llama-server sets SO_REUSEPORT: two that choose a port in the same moment both
+                # have it, and each gets some of the other's requests.
+                strangers = self._listening_groups(model) - {model.process.pid}
+                if not strangers or not may_move:
+                    return
                 self._end_server(model)
-            elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                raise LoadError(self._exit_words(model, code, log, before))
-            self._log.warning(f"{model.name}: port {model.port} was taken by"
-                              f" {port_holder(model.port)} meanwhile")
+            elif not may_move or port_is_free("127.0.0.1", port):
+                raise LoadError(self._exit_words(model, code, log, log_bytes))
+            holder = port_holder(port)
+            self._log.warning(f"{name}: port {port} was taken by {holder} meanwhile")
 
     def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
         """What to say of a server that has ended while it was loading."""
+        name = model.name
         if not self._is_here(model):
-            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
-            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+            size_bytes = weights_for(model.tier).size_gb * 1e9
+            size = size_words(size_bytes) or "size unknown"
+            return f"{name} is not downloaded ({size}): llmstack download {name}"
         tail = "it printed nothing"
         if file_size(log) > log_bytes:
             tail = tail_of(log)
-        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+        return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
     def _end_server(model: Model) -> bool:
@@ -14149,14 +14195,15 @@ class Engine:
         return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
-    def _others_listening(model: Model) -> List[int]:
-        """Processes that share a server's port, and would get some of its requests.
+    def _listening_groups(model: Model) -> Set[int]:
+        """The process groups that listen on a server's port; a server of ours leads its own.
 
-        llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it.
+        None where that cannot be told: Windows has no groups, and not every system tells who
+        listens.
         """
-        if model.proxy or IS_WINDOWS or model.process.poll() is not None:
-            return []
-        return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
+        if IS_WINDOWS:
+            return set()
+        return set(map(_group_of, listeners(model.port)))
 
     def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
         """The command line and the environment of a model's server. Errors: UserError."""
@@ -14165,34 +14212,43 @@ class Engine:
             # A key that nobody but us knows keeps web pages out.
             upstream.key = os.urandom(16).hex()
             env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
-            return self._command(model.tier, port), env
+            command = self._command(model.tier, port)
+            return command, env
         if not port_is_free("127.0.0.1", port):
             raise UserError(f"port {port} is taken by {port_holder(port)}",
                             "choose another litellm_port in models.ini")
-        return list(model.proxy.command), litellm_env(self._env)
+        return list(model.proxy.command), litellm_env(self._plan.env)
 
-    def _spawn_server(self, model: Model, log: str) -> None:
+    def _spawn_server(self, model: Model, log: str) -> int:
+        """Start a model's server; its port. Errors: LoadError, _Cancelled."""
         with self._changed:
-            port = model.proxy.port if model.proxy else self._free_port(model)
+            port = self._choose_port(model)
             upstream = Upstream("127.0.0.1", port)
-            model.port, model.upstream = port, upstream
+            model.port = port
+            model.upstream = upstream
         try:
             # This may ask the binary about its flags, so not under the lock.
             model.command, env = self._server_start(model, upstream)
             with self._changed:
                 self._check_wanted(model)
-                model.process = spawn(model.command, log, env)
-                model.started = process_started(model.process.pid)
+                process = spawn(model.command, log, env)
+                model.process = process
+                model.started = process_started(process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
         self._log.info(f"{model.name}: starting on port {port}")
+        return port
 
-    def _free_port(self, model: Model) -> int:
+    def _choose_port(self, model: Model) -> int:
+        """The proxy's own port, else a free one; another load may be about to listen on its own."""
+        if model.proxy:
+            return model.proxy.port
         taken = {other.port for other in self.models.values() if other is not model}
-        for port in range(self._first_port, 65_536):
+        first = self._plan.first_port
+        for port in range(first, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
-        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+        raise LoadError(f"{model.name}: there is no free port above {first}")
 
     def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
         """None once a model's server is healthy, its exit code where it ends before.
@@ -14209,12 +14265,15 @@ class Engine:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             if not model.listening:
                 model.listening = not port_is_free("127.0.0.1", model.port)
+            now = time.monotonic()
+            # It does not listen before it has downloaded its model, which takes as long as it does.
             if not (on_disk or model.proxy or model.listening):
-                # It does not listen before it has downloaded its model.
-                end = time.monotonic() + LOAD_TIMEOUT_S
+                end = now + LOAD_TIMEOUT_S
             # A small model is there in a second or two, a large one in minutes.
-            is_young = time.monotonic() - model.since < 5
-            time.sleep(0.05 if is_young else 0.25)
+            pause_s = 0.25
+            if now - model.since < 5:
+                pause_s = 0.05
+            time.sleep(pause_s)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -14225,16 +14284,18 @@ class Engine:
         if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
-        weights = cached_model(weights_for(model.tier), self._local_env)
+        path = self._cached(model)
         try:
-            identity = parking_identity(model.command, weights, self._local_env)
+            identity = parking_identity(model.command, path, self._local_env)
         except OSError as exc:
             self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
             return True
+        model.identity = identity
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
-        bay.parks = bay.parks and "--slot-save-path" in model.command
-        restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model):
+        # A build without the flag neither saves nor restores.
+        if "--slot-save-path" not in model.command:
+            bay.parks = False
+        if bay.parks and not bay.restore() and not self._healthy(model):
             self._end_server(model)
             return False
         model.bay = bay
@@ -14246,10 +14307,12 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
-        if 0 < model.context < wanted:
-            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {wanted:,}")
+        tokens = _quantity(settings.get("n_ctx"))
+        wanted = model.tier.ctx_size
+        if 0 < tokens < wanted:
+            self._log.warning(f"{model.name}: its server holds {tokens:,} tokens a conversation,"
+                              f" ctx_size says {wanted:,}")
+        model.context = tokens
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -14259,26 +14322,24 @@ class Engine:
         if self._closing or model.cancelled:
             raise _Cancelled
 
-    @staticmethod
-    def _healthy(model: Model) -> bool:
+    def _healthy(self, model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
-        process, upstream = model.process, model.upstream
-        assert upstream is not None
-        path = model.proxy.health if model.proxy else "/health"
+        process = model.process
+        assert model.upstream is not None
+        path = "/health"
+        if model.proxy:
+            path = model.proxy.health
         try:
-            response, _ = upstream.get(path, 2.0)
+            response, _ = model.upstream.get(path, 2.0)
         except (OSError, ValueError):
             return False
         if response.status != 200 or process.poll() is not None:
             return False
-        pids = listeners(upstream.port)
-        # Windows has no groups, and not every system tells who listens.
-        if IS_WINDOWS or not pids:
-            return True
-        return any(_group_of(pid) == process.pid for pid in pids)
+        groups = self._listening_groups(model)
+        return not groups or process.pid in groups
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
@@ -14300,7 +14361,8 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.bay = None, 0, None, None
+        model.process = model.upstream = model.bay = None
+        model.port = 0
         model.cancelled = model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
@@ -14325,14 +14387,15 @@ class Engine:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            idle = [model for model in self.models.values() if model.is_idle]
-            for model in idle:
-                idle_s, ttl_s = now - model.last_used, model.tier.ttl
-                if model.process.poll() is not None:
-                    code = model.process.returncode
+            for model in self.models.values():
+                if not model.is_idle:
+                    continue
+                code = model.process.poll()
+                ttl_s = model.tier.ttl
+                if code is not None:
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-                elif ttl_s and idle_s > ttl_s:
+                elif ttl_s and now - model.last_used > ttl_s:
                     self._log.info(f"{model.name}: idle for {ttl_s} s, unloading")
                     self._begin_stop(model)
                 elif model.bay is not None:
@@ -14341,16 +14404,16 @@ class Engine:
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
         with self._changed:
-            was_short, self.pressure = bool(self.pressure), pressure
-            if bool(pressure) != was_short:
+            # Said once for as long as it lasts; its words change with each figure in them.
+            if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
+            self.pressure = pressure
             idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
-            if not pressure or not idle:
-                return
-            # One goes a look: the next look sees what that has freed.
-            model = min(idle, key=lambda m: m.last_used)
-            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-            self._begin_stop(model)
+            if pressure and idle:
+                # One goes a look: the next look sees what that has freed.
+                model = min(idle, key=lambda m: m.last_used)
+                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+                self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -14399,11 +14462,14 @@ class Engine:
             for model in self.models.values():
                 if model.state == "stopped":
                     continue
+                url = ""
+                if model.upstream:
+                    url = model.upstream.url
                 rows.append({
                     "model": model.name,
                     "state": model.state,
                     "cmd": " ".join(model.command),
-                    "proxy": model.upstream.url if model.upstream else "",
+                    "proxy": url,
                     "ttl": model.tier.ttl,
                     "name": model.name,
                     "description": model.tier.description,
@@ -14420,13 +14486,15 @@ class Engine:
         # This looks at the disk, so not under the lock.
         for model in stopped:
             if not self._is_here(model):
-                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
+                row = rows[model.name]
+                row["state"] = "not here"
+                row["reason"] = fetching_words(model.tier)
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
         return {
             "models": rows,
-            "budget": round(self._budget_gb * 1e9),
+            "budget": round(self._plan.budget_gb * 1e9),
             "parked": parked,
             "pressure": self.pressure,
         }
@@ -14441,13 +14509,15 @@ class Engine:
             "since": round(model.since + self._epoch),
         }
         if model.state == "stopped" and model.failed_at > model.last_used:
+            why = load_failure_words(model.failure)
             row["state"] = "failed to load"
-            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
+            row["reason"] = f"{why} ({self._log_path(model.name)})"
             row["since"] = round(model.failed_at + self._epoch)
+        share = 0.0
         if model.state == "starting":
             share = self._loaded(model)
-            if share:
-                row["share"] = round(share, 2)
+        if share:
+            row["share"] = round(share, 2)
         if model.memory is not None:
             row["parts"] = model.memory.parts
         return row
@@ -14490,7 +14560,9 @@ class MemoryWatch:
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
-        self._calm = 0 if found else self._calm + 1
+        self._calm += 1
+        if found:
+            self._calm = 0
         if found or self._calm >= self.CALM_LOOKS:
             self._pressure = found
         return self._pressure
@@ -14545,31 +14617,45 @@ class EngineApp(Behind):
         return self.engine.pace(name, tokens)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
-        return {"object": "list", "data": self._listing()}
+        entries = []
+        for tier in self.engine.config.tiers:
+            model = self.engine.find(tier.name)
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
+        return {"object": "list", "data": entries}
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
-        path, _, query = request.target.partition("?")
+        path, mark, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
         if path.startswith(_UPSTREAM):
             name, _, rest = path[len(_UPSTREAM):].partition("/")
-            target = "/" + rest
-            if query:
-                target += "?" + query
-            self._serve(client, request._replace(target=target), name, body, drop)
+            request = request._replace(target=f"/{rest}{mark}{query}")
+            self._serve(client, request, name, body, drop)
             return
-        name, stream = self._asked(body, query)
+        name = _asked_in(request.target)
+        stream = False
+        if body:
+            # A list is for /lora-adapters, whose model stands in the query.
+            values = dict_of(read_json(body))
+            stream = values.get("stream") is True
+            named = values.get("model")
+            if isinstance(named, str):
+                name = named
         if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
-        model = self.engine.find(name)
-        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if tier and is_alias and body and model and model.proxy:
+        if body and tier and tier.backend == "litellm":
             body = b"".join(with_model(body, True, tier.name))
         self._serve(client, request, name, body, drop, stream)
 
@@ -14608,38 +14694,11 @@ class EngineApp(Behind):
         client.reply(200, b"OK", _PLAIN)
         return True
 
-    def _listing(self) -> List[Dict[str, Any]]:
-        entries = []
-        for tier in self.engine.config.tiers:
-            model = self.engine.find(tier.name)
-            if model is None:
-                continue
-            value = "unloaded"
-            if model.state == "ready":
-                value = "loaded"
-            entry = {**tier_entry(tier), "status": {"value": value}}
-            entries += [{**entry, "id": name} for name in tier.names]
-        return entries
-
-    @staticmethod
-    def _asked(body: bytes, query: str) -> Tuple[str, bool]:
-        """(model, whether a stream is wanted) of a request."""
-        if body:
-            try:
-                asked = json.loads(str(body, "utf-8"))
-            except (ValueError, RecursionError) as exc:
-                raise HttpError(400, f"the body is not JSON: {exc}") from None
-            if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-                return asked["model"], asked.get("stream") is True
-        from urllib.parse import parse_qs
-        return parse_qs(query).get("model", [""])[0], False
-
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
         lease = self.engine.lease(name)
         outcome = self.relay_over(lease, client, request, body, drop, stream)
-        nobody = f"{name}: its server does not answer"
-        tell_failure(client, self.log, name, outcome, nobody)
+        tell_failure(client, self.log, name, outcome, f"{name}: its server does not answer")
 
 
 # ==================================================================================================
