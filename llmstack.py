@@ -14722,8 +14722,19 @@ def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
 
 def server_port(row: Mapping[str, Any]) -> int:
     """The port of a model's server by its row of /running, 0 where that has none."""
-    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-    return int(found.group(1)) if found else 0
+    url = str(row.get("proxy"))
+    found = re.search(r":([0-9]{1,5})/?\Z", url)
+    if found is None:
+        return 0
+    return int(found[1])
+
+
+def ready_port(upstream: Upstream, name: str) -> int:
+    """The port of a model's server, 0 where that is not ready or not told."""
+    for row in running_rows(upstream) or ():
+        if row["model"] == name and row["state"] == "ready":
+            return server_port(row)
+    return 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
@@ -14732,12 +14743,6 @@ def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     if rows is None:
         return None
     return {row["model"]: row["state"] for row in rows}
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = running_rows(upstream) or ()
-    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -14759,13 +14764,17 @@ class SwapBays:
 
     def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
                  log: Log) -> None:
-        self._parking, self._identify, self._log = parking, identify, log
+        self._parking = parking
+        self._identify = identify
+        self._log = log
         self._tiers = {tier.name: tier for tier in tiers}
         self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Settling:
-        """A model's restoring, which is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Optional[Settling]:
+        """A model's restoring, which is begun where needed; None for what is never parked."""
+        if name not in self._tiers:
+            return None
         with self._lock:
             known = self._settling.get(name)
             if known is None:
@@ -14779,7 +14788,8 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            # The request that waits goes on, and the next one tries again.
+            # Without a bay the request that waits goes on, and the next one tries again. Meanwhile
+            # the model may have been stopped, and be loaded for another.
             with self._lock:
                 if settling.bay is None and self._settling.get(name) is settling:
                     del self._settling[name]
@@ -14789,29 +14799,34 @@ class SwapBays:
         tier = self._tiers[name]
         # A llama-server with --slot-save-path does not start without that directory.
         make_private_dir(self._parking.directory)
-        is_up = name in (running_states(swap) or {})
+        states = running_states(swap) or {}
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
         load_s = time.monotonic() - began
-        port = swap_ports(swap).get(name)
+        port = ready_port(swap, name)
         if not port:
             return None
         server = Upstream("127.0.0.1", port)
+        # llama-swap's servers have its key.
         server.key = swap.key
-        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-        if not is_up:
-            self._parking.speeds.note(bay.identity, name, "load", load_s)
+        identity = self._identify(tier)
+        bay = Bay(self._parking, tier, identity, server, self._log)
+        # One that was loaded already has answered at once, which says nothing of a load.
+        if name not in states:
+            self._parking.speeds.note(identity, name, "load", load_s)
+        # A server that has been asked already holds newer conversations than the files.
         if bay.fresh():
             bay.restore()
         return bay
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a model with a prompt of so many tokens."""
+        parking = self._parking
         settling = self._settling.get(name)
         if settling is not None and settling.bay is not None:
             return settling.bay.pace(tokens)
-        identity = self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def parked(self) -> List[Dict[str, Any]]:
         return self._parking.rows()
@@ -14840,7 +14855,9 @@ class SwapLease(Lease):
     def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
-        self._settling = bays.settle(model, upstream) if bays else None
+        self._settling: Optional[Settling] = None
+        if bays:
+            self._settling = bays.settle(model, upstream)
 
     def ready(self) -> bool:
         if self._settling is None:
@@ -14887,7 +14904,8 @@ class SwapApp(UpstreamApp):
             self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
         self._command = command(port)
-        self._env, self._output = env, output
+        self._env = env
+        self._output = output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -14904,8 +14922,9 @@ class SwapApp(UpstreamApp):
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
-        self._process = spawn(self._command, self._output, self._env)
-        self._mark = process_started(self._process.pid)
+        process = spawn(self._command, self._output, self._env)
+        self._process = process
+        self._mark = process_started(process.pid)
 
     def _healthy(self) -> bool:
         try:
@@ -14919,8 +14938,9 @@ class SwapApp(UpstreamApp):
         if self._bays:
             self._bays.save_when_due()
         code = self._process.poll()
-        due = time.monotonic() - self._started_s > self.RESTART_S
-        if code is None or self._closing or not due:
+        if code is None or self._closing:
+            return
+        if time.monotonic() - self._started_s < self.RESTART_S:
             return
         self.log.error(
             f"llama-swap has died (exit {code}); starting it again, see {self._output}")
@@ -14965,22 +14985,23 @@ class SwapApp(UpstreamApp):
         return f"/upstream/{name}{target}"
 
     def pace(self, name: str, tokens: int) -> Pace:
-        if self._bays is None or name not in self._models or name == PROXY:
+        if self._bays is None:
             return Pace()
         return self._bays.pace(name, tokens)
 
     def lease(self, name: str) -> Lease:
+        # llama-swap says itself that it has no model of a name that is no tier's.
         model = self._models.get(name, name)
-        if model == PROXY or model not in self._models:
-            return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
-        if self._bays and request.method == "POST" and request.target.startswith(park):
-            self._bays.park(request.target[len(park):])
+        is_park = request.method == "POST" and request.target.startswith(park)
+        if self._bays and is_park:
+            name = request.target[len(park):]
+            self._bays.park(name)
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop)

@@ -95,7 +95,7 @@ def test_a_llama_swap_that_tells_nonsense_tells_nothing(peer: Any, tmp_path: Pat
                                                         told: Any) -> None:
     swap = Swap(tmp_path, upstream_of(peer({"/running": told})))
     assert llmstack.running_states(swap.app.upstream) is None
-    assert llmstack.swap_ports(swap.app.upstream) == {}
+    assert llmstack.ready_port(swap.app.upstream, "code-fast") == 0
     assert swap.app.watched() == {}
     lease = swap.app.lease("other")
     assert lease.ready(), "it is no tier: llama-swap says so itself"
@@ -138,7 +138,7 @@ def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Pa
     ready = {"running": [{"model": "code-fast", "state": "ready"}]}
     up = upstream_of(peer({"/running": ready}))
     assert llmstack.SwapLease(up, "code-fast").stage() == ""
-    assert llmstack.swap_ports(up) == {"code-fast": 0}, "it says no address"
+    assert llmstack.ready_port(up, "code-fast") == 0, "it says no address"
 
 
 def test_a_path_that_llama_swap_cannot_route_names_its_model(tmp_path: Path,
