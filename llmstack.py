@@ -15037,19 +15037,17 @@ def read_stack(places: Places) -> Optional[Record]:
     # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
-    return proven_record(str(copy.get("record", "")), places.work)
+    text = str(copy.get("record", ""))
+    return proven_record(text, places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
+    # Worktrees may share one .llmstack/; a daemon belongs to the one that it was started for.
     if not owned_process(record, places.work):
         return None
     return record
-
-
-def stack_is_alive(places: Places) -> bool:
-    return running_record(places) is not None
 
 
 def connectable(host: str) -> str:
@@ -15066,7 +15064,7 @@ def api_key(env: Mapping[str, str]) -> str:
     """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
-    if key and not (key.isascii() and key.isprintable()):
+    if not key.isascii() or not key.isprintable():
         raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
                         "set it to one plain line", 2)
     return key
@@ -15119,11 +15117,12 @@ def base_url(host: str, port: int) -> str:
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+    if is_loopback(host) or api_key(env):
         return
-    raise UserError(f"{host} can be reached by others, and no API key is set",
-                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                    " in models.ini", 2)
+    if not config.allow_unauthenticated:
+        raise UserError(f"{host} can be reached by others, and no API key is set",
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -15155,17 +15154,20 @@ def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
     if not program:
         return Binary(program)
     server = Binary(program, probe_flags(program, config, data))
-    if _can_park(config, server):
-        return server._replace(program=(*program, *parking_flags(data)))
-    return server
+    if not _can_park(config, server):
+        return server
+    words = (*program, *parking_flags(data))
+    return server._replace(program=words)
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if any(key in SERVER_OPTIONS for key in tier.settings):
-            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
+        if SERVER_OPTIONS.keys().isdisjoint(tier.settings):
+            continue
+        own = tier_config(config, tier)
+        found[tier.name] = swap_binary(own, env, data)
     return found
 
 
@@ -15184,7 +15186,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
     """
     found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
     for tier in local:
-        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        identity = speeds.identity_of(tier.name)
+        load_s = speeds.load_s(identity)
         if load_s:
             found[tier.name] = load_s * LOADED_GB_PER_S
     return found
@@ -15193,31 +15196,40 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = places.env, local_tiers(config)
-    server = swap_binary(config, env, places.data)
+    env, data = places.env, places.data
+    local = local_tiers(config)
+    server = swap_binary(config, env, data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        identity = probe_identity(tier, config, env, places.data)
+        identity = probe_identity(tier, config, env, data)
         tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
+    # What llama-swap runs before it stops a model: it asks our listener to park that.
     park: Tuple[str, ...] = ()
     if _can_park(config, server):
-        park = (*guest_command(sys.executable, "park"), str(config.engine_port))
+        port = str(config.engine_port)
+        park = (*guest_command(sys.executable, "park"), port)
+    quote = posix_quote
+    if IS_WINDOWS:
+        quote = windows_quote
     plan = SwapPlan(
-        config, server,
-        quote=windows_quote if IS_WINDOWS else posix_quote,
+        config,
+        server,
+        quote=quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.needs for fit in fits},
-        weights_gb=costly_gb(local, fits, Speeds(places.data)),
+        weights_gb=costly_gb(local, fits, Speeds(data)),
         budgets_gb=machine.budgets_gb,
         proxy=proxy,
-        own=own_binaries(config, env, places.data),
-        park=park)
-    write_atomic(path, render_llama_swap_yaml(plan))
+        own=own_binaries(config, env, data),
+        park=park,
+    )
+    text = render_llama_swap_yaml(plan)
+    write_atomic(path, text)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -15228,9 +15240,9 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     if find_llama_swap(env, data):
         return "llama-swap"
     if config.engine == "llama-swap":
+        folder = os.path.join(data, "bin")
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(data, "bin")
-                        + ", or set engine = auto")
+                        f"put its binary on PATH or in {folder}, or set engine = auto")
     return "embedded"
 
 
@@ -15247,9 +15259,11 @@ def check_plan(plan: Plan) -> None:
 
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
-    work = str(_read_json(owner_file(places.data)).get("work", ""))
-    other = places_at(places.data, work)
-    if not work or work == places.work or not stack_is_alive(other):
+    work = _read_json(owner_file(places.data)).get("work")
+    if not work or work == places.work:
+        return None
+    other = places_at(places.data, str(work))
+    if running_record(other) is None:
         return None
     return other
 
@@ -15279,10 +15293,10 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
     if not fits_machine(name, machine):
         need = PROFILES[name]
-        beside = ""
+        needed = f"{need.budget_gb:g} GB"
         if need.host_gb:
-            beside = f" on a card and {need.host_gb:g} GB beside it"
-        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
+            needed += f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {needed}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -15293,11 +15307,12 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
+    # A file that the user has named is not made up where it is missing: load_config says so.
+    if places.env.get("LLMSTACK_MODELS_INI") or os.path.exists(places.models_ini):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, places.env, places.data).decode("utf-8")
-    config, _ = parse_models_ini(text)
+    text = with_ultra(seed, places.env, places.data)
+    config, _ = parse_models_ini(text.decode("utf-8"))
     return config
 
 
@@ -15307,11 +15322,14 @@ def check_state(places: Places) -> None:
     Errors: UserError.
     """
     # An older version, or a clone, may have left these open to others.
-    close_to_others(places.data, places.state, places.in_state("logs"))
-    target = os.path.realpath(places.state)
+    state = places.state
+    close_to_others(places.data, state, places.in_state("logs"))
+    if not os.path.islink(state):
+        return
+    target = os.path.realpath(state)
     # A link to another project's .llmstack is how worktrees share one.
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
-        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+    if os.path.basename(target) != ".llmstack":
+        raise UserError(f"{state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
 
@@ -15375,7 +15393,9 @@ def _refuse_second_stack(places: Places) -> None:
     if owner is None:
         return
     record = read_stack(owner)
-    assert record is not None                   # it is alive
+    # It may have ended since it was found alive.
+    if record is None:
+        return
     url = base_url(record.host, record.port)
     raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
                     f"`llmstack install --external {url}` uses it from here,"
@@ -15406,13 +15426,14 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
             holder = port_holder(port)
             keys.append(key)
         holders.setdefault(holder, []).append(str(port))
+    if not holders:
+        return
     if keys:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
-    if holders:
-        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        # Two ports of one stack need its advice once.
-        once = dict.fromkeys(advice)
-        raise UserError("; ".join(held), "; ".join(once))
+    held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+    # Two ports of one stack need its advice once.
+    once = dict.fromkeys(advice)
+    raise UserError("; ".join(held), "; ".join(once))
 
 
 def stack_lock(places: Places, tell: Say = say) -> FileLock:
@@ -15428,10 +15449,11 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if (record.host, record.port) != (plan.host, plan.port):
+    host, port = plan.host, plan.port
+    if (record.host, record.port) != (host, port):
         url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
-                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
+                        f"run `llmstack restart --host {host} --port {port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
@@ -15484,14 +15506,15 @@ def _take_down(places: Places) -> int:
     stopped += stop_members(project_members(places.work))
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
-    if _read_json(owner_file(places.data)).get("work") == places.work:
-        _remove(owner_file(places.data))
+    copy = owner_file(places.data)
+    if _read_json(copy).get("work") == places.work:
+        _remove(copy)
     return stopped
 
 
 def _daemon_command(plan: Plan) -> List[str]:
-    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-             "--engine", plan.kind]
+    words = [sys.executable, PROGRAM, "_daemon"]
+    words += ["--host", plan.host, "--port", str(plan.port), "--engine", plan.kind]
     if plan.channel == "next":
         words.append("--next")
     return words
@@ -15503,8 +15526,15 @@ def _start_daemon(plan: Plan) -> None:
     log = places.log("router.log")
     log_bytes = file_size(log)
     blank = Record(
-        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-        plan.config.engine_port)
+        pid=0,
+        started="",
+        stack=new_mark(places.work),
+        host=plan.host,
+        port=plan.port,
+        kind=plan.kind,
+        channel=plan.channel,
+        engine_port=plan.config.engine_port,
+    )
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
@@ -15556,8 +15586,9 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
 
     Errors: UserError.
     """
+    router = router_upstream(record, env)
     try:
-        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+        response, body = router.get("/llmstack/reload", 10.0, "POST")
     except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
@@ -15612,8 +15643,8 @@ def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     states = {}
     for name, row in asked_json(upstream, "/llmstack/state").items():
         if isinstance(row, dict):
-            texts = {key: value for key, value in row.items() if isinstance(value, str)}
-            states[name] = texts
+            values = row.items()
+            states[name] = {key: value for key, value in values if isinstance(value, str)}
     return states
 
 
@@ -15654,13 +15685,15 @@ _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
     """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
     row["missing"] = list(missing)
+    state = row["state"]
     # The router calls a hosted tier available; whether its proxy is up, the engine knows.
-    if row["state"] == "available":
-        state, row["since_s"] = proxy
-        row["state"] = _PROXY_WORDS.get(state, state)
+    if state == "available":
+        word, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(word, word)
     # A worse reason than a missing credential stays.
-    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-    if missing and not settled:
+    if state in ("failing", "local_only") or "LiteLLM" in row["reason"]:
+        return
+    if missing:
         row["state"] = "no credential"
         row["reason"] = f"missing {', '.join(missing)}"
 
@@ -15683,9 +15716,11 @@ class _Told(NamedTuple):
 
 def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
                engine: Optional[Upstream]) -> _Told:
-    states, otherwise = {}, "unknown"
+    states: Dict[str, Tuple[str, Any]] = {}
+    otherwise = "unknown"
     if engine is not None:
         states = _engine_states(engine) or {}
+        # It names none that is not loaded.
         otherwise = "stopped"
     if router is not None:
         hosted = _router_states(router)
@@ -15701,11 +15736,13 @@ def _tier_rows(places: Places, config: Config, told: _Told,
     lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
     proxy = told.states.get(PROXY, ("", None))
+    unnamed = (told.otherwise, None)
     rows = []
     for tier in config.tiers:
         name = tier.name
-        known = told.states.get(name, (told.otherwise, None))
-        row = _tier_row(tier, known, told.hosted.get(name, {}))
+        known = told.states.get(name, unnamed)
+        by_router = told.hosted.get(name, {})
+        row = _tier_row(tier, known, by_router)
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
