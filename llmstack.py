@@ -9419,7 +9419,8 @@ class Server:
     Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
     """
 
-    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
+                 head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
         self._core = core_here()                # that its connections' threads keep to
         self._lock = threading.Lock()
@@ -9552,12 +9553,6 @@ class Server:
             closing, self._refused = self._refused[:most], self._refused[most:]
         for client in closing:
             client.close()
-
-
-def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
-    """A listening server; serve_forever() answers. Errors: OSError."""
-    return Server(host, port, app, most, head_timeout_s)
 
 
 # ==================================================================================================
@@ -16206,20 +16201,30 @@ def span_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def progress_words(have: int, size: int, rate: float) -> str:
+def progress_words(have: float, size: float, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
     unit, name = 1e6, "MB"
     if size >= 1e9:
         unit, name = 1e9, "GB"
-    if not size:
-        return f"{have / unit:,.1f} {name}"
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
-    if rate <= 0:
+    words = f"{have / unit:,.1f}"
+    if size:
+        words += f" of {size / unit:,.1f}"
+    words += f" {name}"
+    if not size or rate <= 0:
         return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    left_s = (size - have) / rate
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words(left_s)} left"
 
 
-_QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+# What is known of a job once it has begun.
+_QUEUE_VALUES = {
+    "part": str,
+    "error": str,
+    "hint": str,
+    "before": int,
+    "total": int,
+    "bytes": int,
+}
 UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
 
@@ -16237,36 +16242,43 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     for name, row in _read_json(queue_file(places)).items():
         row = dict_of(row)
         job = parse_job(row)
-        state = row.get("state")
-        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
+        if job is None or job.name != name:
             continue
-        jobs[name] = {**job._asdict(), "state": state}
+        if row.get("state") not in UNFINISHED + _ENDED:
+            continue
+        known = {"state": row["state"]}
         for key, kind in _QUEUE_VALUES.items():
             # A bool is an int, too.
             if type(row.get(key)) is kind:
-                jobs[name][key] = row[key]
+                known[key] = row[key]
+        jobs[name] = {**job._asdict(), **known}
     return jobs
 
 
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if owned_process(record, places.project) else None
+    if not owned_process(record, places.project):
+        return None
+    return record
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker = download_worker(places)
-    cache = hub_cache_dir(os.environ)
+    cache = hub_cache_dir(places.env)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
         if worker is None and state in UNFINISHED:
             state = "interrupted"
-        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
-        part = os.path.basename(job.get("part", "")) + ".incomplete"
-        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
-        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        have = job.get("bytes", 0)
+        if not have:
+            # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
+            part = os.path.basename(job.get("part", ""))
+            folder = repo_dir(cache, job["repo"])
+            path = os.path.join(folder, "blobs", f"{part}.incomplete")
+            have = job.get("before", 0) + file_size(path)
         rows.append({
             "tier": job["tier"],
             "label": job["label"],
@@ -16730,9 +16742,7 @@ STATE_COLOURS = {
 
 
 def value_in(row: Any, key: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    return row.get(key)
+    return dict_of(row).get(key)
 
 
 def text_in(row: Any, key: str) -> str:
@@ -16750,10 +16760,10 @@ def number_in(row: Any, key: str) -> float:
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
-    value = row.get(key)
-    if not isinstance(value, list):
+    values = row.get(key)
+    if not isinstance(values, list):
         return []
-    return [v for v in value if isinstance(v, dict)]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def rate_words(per_s: float) -> str:
@@ -16767,33 +16777,38 @@ def rate_words(per_s: float) -> str:
 
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
-    tokens = int(tokens)
     if tokens % 1024 == 0:
-        return f"{tokens // 1024}k"
+        return f"{tokens / 1024:.0f}k"
     if tokens >= 1000:
         return f"{tokens / 1000:.0f}k"
-    return str(tokens)
+    return f"{tokens:.0f}"
+
+
+def _since_words(then_s: float, now_s: float) -> str:
+    """How long ago something was; another machine's clock may be ahead of ours."""
+    return span_words(max(now_s - then_s, 0))
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     stages, waiting_since = [], []
     for request in dicts_in(now, "requests"):
-        stage = text_in(request, "stage")
         if text_in(request, "tier") != name:
             continue
+        stage = text_in(request, "stage")
         if stage.startswith(("writing", "reading")):
             stages.append(stage)
         else:
             waiting_since.append(number_in(request, "began"))
     words = []
+    # Of a single request it is known how much of its prompt is read.
     if len(stages) == 1 and "%" in stages[0]:
-        words.append(stages[0])
+        words += stages
     elif stages:
         words.append(f"{len(stages)} answering")
     if waiting_since:
-        longest_s = max(now_s - min(waiting_since), 0)
-        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
+        longest = _since_words(min(waiting_since), now_s)
+        words.append(f"{len(waiting_since)} waiting, {longest}")
     return words
 
 
@@ -16811,16 +16826,19 @@ class TierLine(NamedTuple):
 
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
-    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, share = number_in(row, "since"), number_in(row, "share")
-    ago = span_words(max(now_s - since_s, 0))
+    name = text_in(row, "name")
+    state = text_in(row, "state")
+    note = text_in(row, "reason")
+    since_s = number_in(row, "since")
+    share = number_in(row, "share")
+    ago = _since_words(since_s, now_s)
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
-    words = _occupation(name, now, now_s)
     if state == "loading" and share:
         state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
+    words = _occupation(name, now, now_s)
     if note:
         words.append(note)
     return TierLine(
@@ -16835,7 +16853,14 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_LEFT_OUT = (
+    ("role", 22),
+    ("model", 0),
+    ("speed", 0),
+    ("context", 0),
+    ("memory", 0),
+    ("size", 0),
+)
 _RIGHT = ("context", "memory", "speed", "size")
 _GAP = "  "
 
@@ -16858,11 +16883,23 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
 def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
     """Column -> how wide it is, its gap with it, of those that say something."""
     widths = {}
+    # The last field is the note.
     for name in rows[0]._fields[:-1]:
         most = max(len(getattr(row, name)) for row in rows)
         if most:
             widths[name] = most + len(_GAP)
     return widths
+
+
+def _cell(text: str, column: str, width: int, colour: Colour) -> str:
+    """A text as wide as its column, whose gap is not part of that."""
+    # A colour takes no room, so the padding is measured before.
+    padding = " " * (width - len(_GAP) - len(text))
+    if column == "state":
+        text = colour(text, _state_colour(text))
+    if column in _RIGHT:
+        return padding + text
+    return text + padding
 
 
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
@@ -16882,16 +16919,14 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
         cells = []
         for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (columns - len(_GAP) - len(text))
-            if column == "state":
-                text = colour(text, _state_colour(text))
-            cells.append(padding + text if column in _RIGHT else text + padding)
-        if row.note and len(row.note) <= room:
-            cells.append(row.note)
-            shown.append(_GAP.join(cells))
-            continue
-        shown.append(_GAP.join(cells).rstrip())
-        shown += wrapped_lines("    " + row.note, width, "    ")
+            cells.append(_cell(text, column, columns, colour))
+        note = row.note
+        if note and len(note) <= room:
+            cells.append(note)
+            note = ""
+        line = _GAP.join(cells)
+        shown.append(line.rstrip())
+        shown += wrapped_lines("    " + note, width, "    ")
     return shown
 
 
@@ -16900,27 +16935,32 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
+    # What the model has counted, else what the router has estimated.
     tokens = number_in(row, "truth") or number_in(row, "tokens")
     read = f"{tokens:,.0f} tokens"
-    cached, ended = number_in(row, "cached"), text_in(row, "ended")
+    cached = number_in(row, "cached")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
+    ended = text_in(row, "ended")
     if ended != "done":
         words.append(ended)
-    ago_s = max(now_s - number_in(row, "time"), 0)
-    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
+    took_s = number_in(row, "total_s")
+    words.append(f"{took_s:.1f} s")
+    ago = _since_words(number_in(row, "time"), now_s)
+    words.append(f"{ago} ago")
     return "last  " + ", ".join(words)
 
 
 def _stack_facts(now: Mapping[str, Any]) -> List[str]:
     """What there is to say of the whole stack."""
-    about, memory = now.get("about"), now.get("memory")
+    about = now.get("about")
+    memory = now.get("memory")
     facts = []
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    budget_gb = number_in(memory, "budget") / 1e9
+    if budget_gb:
+        taken_gb = number_in(memory, "resident") / 1e9
+        facts.append(f"memory {taken_gb:.1f} of {budget_gb:.1f} GB")
     pressure = text_in(memory, "pressure")
     if pressure:
         facts.append(f"{pressure}: idle models are unloaded")
@@ -16938,29 +16978,35 @@ def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
         state = text_in(row, "state")
         if state == "done":
             continue
-        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-        how = text_in(row, "error") or progress_words(have, size, 0)
-        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+        how = text_in(row, "error")
+        if not how:
+            size = number_in(row, "total_bytes")
+            how = progress_words(number_in(row, "bytes"), size, 0)
+        tier, label = text_in(row, "tier"), text_in(row, "label")
+        line = f"Download {tier}-{label}: {state}, {how}"
+        lines += wrapped_lines(line, width, "  ")
     return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    up, facts = f"up  {url}/v1", _stack_facts(now)
-    painted = colour("up", "32") + up[len("up"):]
-    lines = ["    ".join([painted, *facts])]
-    if len("    ".join([up, *facts])) > width:
-        lines = [painted]
+    up = f"up  {url}/v1"
+    facts = _stack_facts(now)
+    lines = ["    ".join([up, *facts])]
+    if len(lines[0]) > width:
+        lines = [up]
         for fact in facts:
             lines += wrapped_lines(fact, width, "  ")
+    # Last, for a colour has a length and takes no room.
+    lines[0] = lines[0].replace("up", colour("up", _GREEN), 1)
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
+        last = _last_words(decisions[-1], now_s)
+        lines += wrapped_lines(last, width, "      ")
     return lines
 
 
@@ -16976,11 +17022,12 @@ class Unserved:
     """Says of a later configuration which tiers the engine does not serve, and why."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._places = plan.places
+        # The engine has nothing to do with tiers of another host.
         self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
 
     def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._plan.places
+        places = self._places
         found = unserved_hosted(places, config, places.env)
         for tier in config.tiers:
             if tier.backend != "openai" and tier.name not in self._known:
@@ -17021,10 +17068,10 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     return app
 
 
-def listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Server:
     """A listening server. Errors: UserError, who has the port."""
     try:
-        return make_server(host, port, app)
+        return Server(host, port, app)
     except OSError as exc:
         # Who holds the port helps more than the number of the error.
         holder = exc.strerror
@@ -17038,8 +17085,12 @@ class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
 
 
-def _on_signals(hangup: Callable[[], None],
-                shutdown: Callable[[], None] = lambda: None) -> None:
+def _nothing() -> None:
+    """What a signal sets off where there is nothing to do."""
+
+
+def _on_signals(hangup: Callable[[], None] = _nothing,
+                shutdown: Callable[[], None] = _nothing) -> None:
     """TERM ends the server loop; HUP ends nothing.
 
     A terminal that closes takes no daemon with it.
@@ -17057,12 +17108,12 @@ def _on_signals(hangup: Callable[[], None],
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Server, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
     # Once a second the loop also does the housekeeping of its application.
     try:
-        server.serve_forever(1.0)
+        server.serve_forever()
     finally:
         app.log.flush()
         server.server_close()
@@ -17088,8 +17139,11 @@ class ServerCommands:
 
     def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
                  parks: bool) -> None:
-        self._data, self._config, self._log = places.data, config, log
-        self._drafts, self._parks = drafts, parks
+        self._places = places
+        self._config = config
+        self._log = log
+        self._drafts = drafts
+        self._parks = parks
         self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
         self._probing = threading.Lock()
 
@@ -17099,20 +17153,25 @@ class ServerCommands:
         Errors: UserError.
         """
         with self._probing:
-            if server not in self._refused:
-                refused = probe_flags(server, self._config, self._data)
+            refused = self._refused.get(server)
+            if refused is None:
+                refused = probe_flags(server, self._config, self._places.data)
                 self._refused[server] = refused
                 for said in refused_settings(self._config, refused):
                     self._log.warning(said)
-            return self._refused[server]
+            return refused
 
     def __call__(self, tier: Tier, port: int) -> List[str]:
         """Errors: UserError."""
-        config, data = self._config, self._data
-        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        config = self._config
+        env, data = self._places.env, self._places.data
+        # A tier may name a llama-server of its own.
+        own = tier_config(config, tier)
+        server = find_llama_server(own, env, data)
         refused = self._refused_by(server)
-        identity = probe_identity(tier, config, os.environ, data)
-        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        identity = probe_identity(tier, config, env, data)
+        ready = ready_tier(tier, env)
+        ready = self._drafts.choose(tier, ready, identity)
         words = server_command(server, ready, config, port, refused)
         if self._parks and "--slot-save-path" not in refused:
             words += parking_flags(data)
@@ -17121,11 +17180,12 @@ class ServerCommands:
 
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
+    env, data = places.env, places.data
+    program = find_llama_server(config, env, data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ)
+    fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
+    parking = open_parking(data, config, log)
     parks = parking is not None and parking.parks
     command = ServerCommands(places, config, log, drafts, parks)
 
@@ -17135,10 +17195,10 @@ def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> E
     server = " ".join(program) or "no"
     log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
     plan = EnginePlan(
-        env=_without_our_key(os.environ),
+        env=_without_our_key(env),
         budget_gb=machine.budget_gb,
         fits=fits,
-        proxy=plan_proxy(places, config, os.environ),
+        proxy=plan_proxy(places, config, env),
         parking=parking,
         budgets_gb=machine.budgets_gb,
     )
@@ -17146,66 +17206,75 @@ def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> E
     return EngineApp(engine, log, MemoryWatch(machine))
 
 
+def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> Optional[SwapBays]:
+    """The parking of llama-swap's models; None where there can be none. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    parking = open_parking(data, config, log)
+    if parking is None or not parking.parks or not program:
+        return None
+    if "--slot-save-path" in probe_flags(program, config, data):
+        return None
+
+    def identify(tier: Tier) -> str:
+        own = tier_config(config, tier)
+        server = find_llama_server(own, env, data)
+        ready = _ready_for_swap(tier, env)
+        # A port makes no difference to what is parked.
+        words = server_command(server, ready, config, 0, probe_flags(server, config, data))
+        model = cached_model(weights_for(tier), env)
+        return parking_identity(words, model, env)
+
+    return SwapBays(parking, local_tiers(config), identify, log)
+
+
 def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data = places.data
-    env = _without_our_key(os.environ)
+    env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env)
     if proxy:
+        # llama-swap hands its own environment down to LiteLLM.
         env = litellm_env(env)
     env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
     path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, proxy, path, drafts)
-    program = find_llama_swap(env, data)
+    program = find_llama_swap(env, places.data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    for said in refused_notes(config, env, data):
+    for said in refused_notes(config, env, places.data):
         log.warning(said)
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
-    def identify(tier: Tier) -> str:
-        own = find_llama_server(tier_config(config, tier), env, data)
-        ready = _ready_for_swap(tier, env)
-        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
-        return parking_identity(words, cached_model(weights_for(tier), env), env)
-
-    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
-        bays = SwapBays(parking, local_tiers(config), identify, log)
+    bays = _swap_bays(places.data, config, env, log)
     return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
 
 
-def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
-    """What is behind the router. Errors: UserError."""
-    if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, log, drafts)
-    return _embedded_app(plan.places, plan.config, log, drafts)
+
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    drafts = Drafts(plan.places.data, engine_log)
-    behind = _engine_app(plan, engine_log, drafts)
+    places, config = plan.places, plan.config
+    drafts = Drafts(places.data, engine_log)
+    make_engine: Callable[[Places, Config, Log, Drafts], Behind] = _embedded_app
+    if plan.kind == "llama-swap":
+        make_engine = _swap_app
+    behind = make_engine(places, config, engine_log, drafts)
     app = router_app(plan, behind, log)
     app.events.hearers.append(drafts.hear)
     app.events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         # From here on there are children to end.
-        _on_signals(lambda: None)
-        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        _on_signals()
+        engine_server = listen("127.0.0.1", config.engine_port, behind)
         server = listen(plan.host, plan.port, app)
         behind.page_url = base_url(plan.host, server.server_port) + "/"
         behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
+        in_background("engine", engine_server.serve_forever)
         log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
         run_until_signal(server, app)
     finally:
         _ignore_signals()
+        # Here the models are parked and end; it may take as long as the slowest.
         behind.close()
 
 

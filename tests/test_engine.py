@@ -186,7 +186,7 @@ class Stage:
                                       llmstack.EnginePlan(os.environ, budget_gb, first_port))
         self.engine._is_here = lambda model: True       # type: ignore[method-assign]  # nothing is downloaded
         self.app = llmstack.EngineApp(self.engine, log)
-        self.server = llmstack.make_server("127.0.0.1", 0, self.app)
+        self.server = llmstack.Server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
         self.calls: List[Call] = []
