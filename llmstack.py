@@ -7643,8 +7643,9 @@ def parse_record(text: str) -> Optional[Record]:
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    pid = values.pop("pid")
-    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
+    del values["pid"]
+    rest = json.dumps(values)
+    write_atomic(path, f"{record.pid}\n{rest}\n")
 
 
 def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
@@ -7670,8 +7671,9 @@ def _is_proven(record: Record) -> bool:
     command = " ".join(process_command(record.pid))
     # Windows writes the same path in upper and lower case.
     command = os.path.normcase(command)
-    proofs = (os.path.basename(PROGRAM), os.path.join(record.project, ".llmstack"))
-    return any(os.path.normcase(proof) in command for proof in proofs)
+    program = os.path.basename(PROGRAM)
+    state = os.path.join(record.project, ".llmstack")
+    return os.path.normcase(program) in command or os.path.normcase(state) in command
 
 
 def owned_process(record: Optional[Record], project: str) -> bool:
@@ -8005,9 +8007,12 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "llmstack" if _is_llmstack(pid) else "program"
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
         return f"another user's {what} (pid {pid})"
-    project = _marked_project(_mark_in(process_environment(pid)))
+    mark = _mark_in(process_environment(pid))
+    project = _marked_project(mark)
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
     name = read_text(f"/proc/{pid}/comm").strip()
@@ -13669,7 +13674,8 @@ class Model:
     """One tier's llama-server. All fields belong to the engine's lock."""
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
-        self.tier, self.gb = tier, gb
+        self.tier = tier
+        self.gb = gb
         self.needs: Needs = (gb,)               # of each memory
         self.memory: Optional[Memory] = None    # what that is made of, where its header is known
         self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
@@ -13687,7 +13693,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.loads = self.evictions = 0
+        self.loads = 0
+        self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
@@ -13701,7 +13708,8 @@ class Model:
         return self.state == "ready" and not self.in_flight
 
     def turn_to(self, state: str) -> None:
-        self.state, self.since = state, time.monotonic()
+        self.state = state
+        self.since = time.monotonic()
 
 
 def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
@@ -13712,10 +13720,10 @@ def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
         return Model(tier, footprint_gb(size_gb))
     model = Model(tier, fit.need_gb)
     model.needs = fit.needs
-    model.memory = fit.memory
-    if fit.memory is not None:
-        weights_gb = fit.memory.weights / 1e9
-        model.cost = tier_cost(tier, weights_gb)
+    memory = fit.memory
+    if memory is not None:
+        model.memory = memory
+        model.cost = tier_cost(tier, memory.weights / 1e9)
     return model
 
 
@@ -13820,14 +13828,14 @@ class Engine:
         fits = {fit.name: fit for fit in plan.fits}
         needs = {fit.name: fit.needs for fit in plan.fits}
         self._sets = residency_sets(config, needs or None, self._budgets_gb)
-        self.models: Dict[str, Model] = {}
-        for tier in local_tiers(config):
-            fit = fits.get(tier.name)
-            self.models[tier.name] = _model_of(tier, fit)
-        self._proxy: Optional[Model] = None
+        models = [_model_of(tier, fits.get(tier.name)) for tier in local_tiers(config)]
         if plan.proxy:
-            self._proxy = Model(plan.proxy.tier, 0.0, plan.proxy)
-            self.models[PROXY] = self._proxy
+            models.append(Model(plan.proxy.tier, 0.0, plan.proxy))
+        self.models = {model.name: model for model in models}
+        self._by_name: Dict[str, Model] = {}    # aliases, too: all that clients ask for
+        for model in models:
+            names = model.tier.names
+            self._by_name.update(dict.fromkeys(names, model))
         self._changed = threading.Condition()   # the lock of all models and of what follows
         self._tickets: List[Ticket] = []        # who waits, the longest first
         self._closing = False
@@ -13835,14 +13843,7 @@ class Engine:
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
     def find(self, name: str) -> Optional[Model]:
-        if name in self.models:
-            return self.models[name]
-        if self._proxy and name in self._proxy.tier.aliases:
-            return self._proxy
-        tier = self.config.by_name(name)
-        if tier is None:
-            return None
-        return self.models.get(tier.name)
+        return self._by_name.get(name)
 
     # ---- for requests
 
@@ -13915,8 +13916,10 @@ class Engine:
         """How far the load of a model is. Whoever holds the lock asks."""
         name = model.name
         leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        # Whoever has to go is gone before the server is started.
         if leaving and model.process is None:
-            return f"unloading {', '.join(leaving)} to load {name}"
+            names = ", ".join(leaving)
+            return f"unloading {names} to load {name}"
         if not model.listening and not self._is_here(model):
             return f"downloading {name}"
         share = self._loaded(model)
@@ -14027,13 +14030,14 @@ class Engine:
         # Idle ones first, of these the cheapest to bring back.
         order = sorted(running, key=reluctance)
         needs = {m.name: m.needs for m in order}
-        victims = choose_evictions(model.name, list(needs), self._sets, costs)
+        names = list(needs)
+        victims = choose_evictions(model.name, names, self._sets, costs)
         for name in victims:
             del needs[name]
         while not fits_together([model.needs, *needs.values()], limits_gb):
-            cheapest = next(iter(needs))
-            del needs[cheapest]
-            victims.append(cheapest)
+            name = next(iter(needs))
+            del needs[name]
+            victims.append(name)
         return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
@@ -14158,7 +14162,7 @@ class Engine:
             may_move = tries_left > 0 and not model.proxy
             log_bytes = file_size(log)
             port = self._spawn_server(model, log)
-            code = self._wait_healthy(model, log, bool(path))
+            code = self._wait_healthy(model, log)
             if code is None:
                 # llama-server sets SO_REUSEPORT: two that choose a port in the same moment both
                 # have it, and each gets some of the other's requests.
@@ -14167,7 +14171,8 @@ class Engine:
                     return
                 self._end_server(model)
             elif not may_move or port_is_free("127.0.0.1", port):
-                raise LoadError(self._exit_words(model, code, log, log_bytes))
+                words = self._exit_words(model, code, log, log_bytes)
+                raise LoadError(words)
             holder = port_holder(port)
             self._log.warning(f"{name}: port {port} was taken by {holder} meanwhile")
 
@@ -14245,24 +14250,26 @@ class Engine:
                 return port
         raise LoadError(f"{model.name}: there is no free port above {first}")
 
-    def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
+    def _wait_healthy(self, model: Model, log: str) -> Optional[int]:
         """None once a model's server is healthy, its exit code where it ends before.
 
         Errors: LoadError, _Cancelled.
         """
+        # It does not listen before it has downloaded its model, which takes as long as it does.
+        may_download = not model.proxy and not weights_for(model.tier).path
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
-            if model.process.poll() is not None:
-                return int(model.process.returncode)
-            if time.monotonic() > end:
+            code: Optional[int] = model.process.poll()
+            if code is not None:
+                return code
+            now = time.monotonic()
+            if now > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             if not model.listening:
                 model.listening = not port_is_free("127.0.0.1", model.port)
-            now = time.monotonic()
-            # It does not listen before it has downloaded its model, which takes as long as it does.
-            if not (on_disk or model.proxy or model.listening):
+            if may_download and not model.listening:
                 end = now + LOAD_TIMEOUT_S
             # A small model is there in a second or two, a large one in minutes.
             pause_s = 0.25
@@ -14403,10 +14410,12 @@ class Engine:
             if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
             self.pressure = pressure
+            if not pressure:
+                return
             idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
-            if pressure and idle:
-                # One goes a look: the next look sees what that has freed.
-                model = min(idle, key=lambda m: m.last_used)
+            model = min(idle, key=lambda m: m.last_used, default=None)
+            # One goes a look: the next look sees what that has freed.
+            if model is not None:
                 self._log.warning(f"{model.name}: idle, unloading for {pressure}")
                 self._begin_stop(model)
 
@@ -14567,21 +14576,26 @@ class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
     def __init__(self, engine: Engine, log: Log, watch: Optional[MemoryWatch] = None) -> None:
-        self.engine, self.log = engine, log
+        self.engine = engine
+        self.log = log
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
         self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
-        machine = self._watch.machine._asdict() if self._watch else {}
-        return {**machine, "pressure": self.engine.pressure}
+        shown: Dict[str, Any] = {}
+        if self._watch:
+            shown = self._watch.machine._asdict()
+        shown["pressure"] = self.engine.pressure
+        return shown
 
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if time.monotonic() - self._last_rotation > 30:
-            self._last_rotation = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_rotation > 30:
+            self._last_rotation = now
             self.log.rotate()
             self.engine.tend_files()
 
@@ -14684,8 +14698,9 @@ class EngineApp(Behind):
             return True
         if not path.startswith(unload_all + "/"):
             return False
-        model = self.engine.lease(path[len(unload_all) + 1:]).model
-        self.engine.unload([model])
+        name = path[len(unload_all) + 1:]
+        ticket = self.engine.lease(name)
+        self.engine.unload([ticket.model])
         client.reply(200, b"OK", _PLAIN)
         return True
 
@@ -15701,43 +15716,37 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-class _Told(NamedTuple):
-    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+def _hosted_states(config: Config, router: Optional[Upstream],
+                   env: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+    """_router_states; where no router runs, which hosted tiers have no credential."""
+    if router is not None:
+        return _router_states(router)
+    lacking = missing_credentials(config, env)
+    return {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
 
-    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
-    otherwise: str                              # the state of one that the engine does not name
-    hosted: Dict[str, Dict[str, str]]           # by the router
 
+def _tier_rows(places: Places, config: Config, router: Optional[Upstream],
+               engine: Optional[Upstream], env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`, of what router and engine tell where they answer.
 
-def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
-               engine: Optional[Upstream]) -> _Told:
+    `env`: that of the daemon, whose credentials count.
+    """
     states: Dict[str, Tuple[str, Any]] = {}
-    otherwise = "unknown"
+    unnamed = ("unknown", None)
     if engine is not None:
         states = _engine_states(engine) or {}
-        # It names none that is not loaded.
-        otherwise = "stopped"
-    if router is not None:
-        hosted = _router_states(router)
-    else:
-        lacking = missing_credentials(config, places.env)
-        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
-    return _Told(states, otherwise, hosted)
-
-
-def _tier_rows(places: Places, config: Config, told: _Told,
-               env: Mapping[str, str]) -> List[Dict[str, Any]]:
-    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+        # An engine names only what is loaded.
+        unnamed = ("stopped", None)
+    hosted = _hosted_states(config, router, places.env)
     lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
-    proxy = told.states.get(PROXY, ("", None))
-    unnamed = (told.otherwise, None)
+    proxy = states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
         name = tier.name
-        known = told.states.get(name, unnamed)
-        by_router = told.hosted.get(name, {})
-        row = _tier_row(tier, known, by_router)
+        known = states.get(name, unnamed)
+        told = hosted.get(name, {})
+        row = _tier_row(tier, known, told)
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
@@ -15797,8 +15806,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
     config = config.on_channel(rows["channel"] or "")
-    told = _ask_tiers(places, config, router, engine)
-    rows["tiers"] = _tier_rows(places, config, told, env)
+    rows["tiers"] = _tier_rows(places, config, router, engine, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
@@ -17131,7 +17139,9 @@ def _ignore_signals() -> None:
 
 def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that do not ask the router."""
-    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+    others = dict(env)
+    others.pop("LLMSTACK_API_KEY", None)
+    return others
 
 
 class ServerCommands:
@@ -17220,9 +17230,10 @@ def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> O
         server = find_llama_server(own, env, data)
         ready = _ready_for_swap(tier, env)
         # A port makes no difference to what is parked.
-        words = server_command(server, ready, config, 0, probe_flags(server, config, data))
-        model = cached_model(weights_for(tier), env)
-        return parking_identity(words, model, env)
+        refused = probe_flags(server, config, data)
+        words = server_command(server, ready, config, 0, refused)
+        weights = weights_for(tier)
+        return parking_identity(words, cached_model(weights, env), env)
 
     return SwapBays(parking, local_tiers(config), identify, log)
 
@@ -17245,7 +17256,8 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
     for said in refused_notes(config, env, places.data):
         log.warning(said)
     bays = _swap_bays(places.data, config, env, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
+    output = places.log("llama-swap.log")
+    return SwapApp(config, command, env, log, output, bays)
 
 
 
@@ -17255,13 +17267,14 @@ def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
     places, config = plan.places, plan.config
     drafts = Drafts(places.data, engine_log)
-    make_engine: Callable[[Places, Config, Log, Drafts], Behind] = _embedded_app
+    make_engine: Callable[..., Behind] = _embedded_app
     if plan.kind == "llama-swap":
         make_engine = _swap_app
     behind = make_engine(places, config, engine_log, drafts)
     app = router_app(plan, behind, log)
-    app.events.hearers.append(drafts.hear)
-    app.events.sources.append(lambda: {"drafting": drafts.said()})
+    events = app.events
+    events.hearers.append(drafts.hear)
+    events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         # From here on there are children to end.
         _on_signals()
