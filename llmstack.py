@@ -7635,9 +7635,12 @@ def parse_record(text: str) -> Optional[Record]:
         return None
     values = {**Record._field_defaults, **parse_json_object(rest)}
     # What a newer version may have written beside them is no fault.
-    fields: Dict[str, Any] = {name: values.get(name) for name in Record._fields[1:]}
-    if not all(itertools.starmap(_is_recorded, fields.items())):
-        return None
+    fields: Dict[str, Any] = {}
+    for name in Record._fields[1:]:
+        value = values.get(name)
+        if not _is_recorded(name, value):
+            return None
+        fields[name] = value
     return Record(pid, **fields)
 
 
@@ -13982,8 +13985,8 @@ class Engine:
         fair_since = time.monotonic() - FAIR_WAIT_S
         # A ticket that is older than theirs was here first.
         fair_since = min(fair_since, ticket.since)
-        blocked = [other.since for other in self._tickets if name in other.blocked_by]
-        return min(blocked, default=fair_since) < fair_since
+        since = [other.since for other in self._tickets if name in other.blocked_by]
+        return min(since, default=fair_since) < fair_since
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
@@ -14046,8 +14049,8 @@ class Engine:
         alone = [model.needs]
         words = f"{model.name} needs about {gb_words(model.needs)}"
         if not fits_together(alone, budgets_gb):
-            raise LoadError(f"{words} and the budget is {gb_words(budgets_gb)} (memory_gb in"
-                            " models.ini)")
+            budget = gb_words(budgets_gb)
+            raise LoadError(f"{words} and the budget is {budget} (memory_gb in models.ini)")
         if not self.pressure:
             return budgets_gb
         # While memory is short, no more than is held now.
@@ -14098,18 +14101,19 @@ class Engine:
         while not self._restore(model):
             self._start(model)
         if self._parking is not None and model.bay is not None:
+            speeds = self._parking.speeds
             path = self._cached(model)
             pid = model.process.pid
-            self._parking.speeds.note_load(model.identity, model.name, load_s, pid, path)
+            speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
         with self._changed:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
-            began = model.since
+            asked = model.since
             model.turn_to("ready")
             model.loads += 1
             model.last_used = model.since
-            took_s = model.since - began
+            took_s = model.since - asked
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
 
     def pace(self, name: str, tokens: int) -> Pace:
@@ -14142,7 +14146,8 @@ class Engine:
 
     def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
-            model.failure, model.failed_at = why, time.monotonic()
+            model.failure = why
+            model.failed_at = time.monotonic()
         self._stop(model)
 
     def _start(self, model: Model) -> None:
@@ -14150,10 +14155,11 @@ class Engine:
 
         Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
-        log = self._log_path(model.name)
+        name = model.name
+        log = self._log_path(name)
+        # Only now, while nobody writes to it.
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
-        name = model.name
         path = weights_for(model.tier).path
         if path and not os.path.exists(path):
             raise LoadError(f"{name}: there is no {path}")
@@ -14215,9 +14221,12 @@ class Engine:
             command = self._command(model.tier, port)
             return command, env
         if not port_is_free("127.0.0.1", port):
-            raise UserError(f"port {port} is taken by {port_holder(port)}",
+            holder = port_holder(port)
+            raise UserError(f"port {port} is taken by {holder}",
                             "choose another litellm_port in models.ini")
-        return list(model.proxy.command), litellm_env(self._plan.env)
+        # It asks providers, so it gets the credentials that others do not.
+        env = litellm_env(self._plan.env)
+        return list(model.proxy.command), env
 
     def _spawn_server(self, model: Model, log: str) -> int:
         """Start a model's server; its port. Errors: LoadError, _Cancelled."""
@@ -14708,7 +14717,8 @@ class EngineApp(Behind):
                drop: FrozenSet[bytes], stream: bool = False) -> None:
         lease = self.engine.lease(name)
         outcome = self.relay_over(lease, client, request, body, drop, stream)
-        tell_failure(client, self.log, name, outcome, f"{name}: its server does not answer")
+        nobody = f"{name}: its server does not answer"
+        tell_failure(client, self.log, name, outcome, nobody)
 
 
 # ==================================================================================================
@@ -15366,16 +15376,12 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def _stack_name(places: Places) -> str:
+def _stack_words(places: Places) -> Tuple[str, str]:
+    """What another project's stack is called, and what ends it."""
     if places.is_demo:
-        return "another llmstack (the demo)"
-    return f"another llmstack ({places.work})"
-
-
-def _stop_advice(places: Places) -> str:
-    if places.is_demo:
-        return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {places.work} ends it"
+        return "another llmstack (the demo)", "`llmstack stop --demo` ends it"
+    work = places.work
+    return f"another llmstack ({work})", f"`llmstack stop` in {work} ends it"
 
 
 def _listening_stack(data: str, port: int) -> Optional[Places]:
@@ -15406,10 +15412,10 @@ def _refuse_second_stack(places: Places) -> None:
     # It may have ended since it was found alive.
     if record is None:
         return
+    name, advice = _stack_words(owner)
     url = base_url(record.host, record.port)
-    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
-                    f"`llmstack install --external {url}` uses it from here,"
-                    f" {_stop_advice(owner)}")
+    raise UserError(f"{name} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here, {advice}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -15430,8 +15436,8 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
             continue
         other = _listening_stack(places.data, port)
         if other is not None:
-            holder = _stack_name(other)
-            advice.append(_stop_advice(other))
+            holder, ending = _stack_words(other)
+            advice.append(ending)
         else:
             holder = port_holder(port)
             keys.append(key)
@@ -17048,7 +17054,8 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
     record: Optional[Recorder] = None
     if plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
+        path = places.log("decisions.jsonl")
+        record = Recorder(path)
     remedy = "run `llmstack start`"
     if places.is_demo:
         remedy = "run `llmstack start --demo`"
@@ -17072,6 +17079,7 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         foreign_logs=(places.log("llama-swap.log"),),
     )
     app = RouterApp(plan.config, behind, log, setting)
+    # The page shows downloads; the router itself knows nothing of them.
     app.events.sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
@@ -17202,8 +17210,9 @@ def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> E
     def log_path(name: str) -> str:
         return places.log(f"{name}.log")
 
+    budget = f"{machine.budget_gb:.1f} GB ({machine.source})"
     server = " ".join(program) or "no"
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    log.info(f"memory budget {budget}, {server} server")
     plan = EnginePlan(
         env=_without_our_key(env),
         budget_gb=machine.budget_gb,
@@ -17213,7 +17222,8 @@ def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> E
         budgets_gb=machine.budgets_gb,
     )
     engine = Engine(config, command, log, log_path, plan)
-    return EngineApp(engine, log, MemoryWatch(machine))
+    watch = MemoryWatch(machine)
+    return EngineApp(engine, log, watch)
 
 
 def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> Optional[SwapBays]:
@@ -17245,17 +17255,19 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
     if proxy:
         # llama-swap hands its own environment down to LiteLLM.
         env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    # llama-swap's key, and that of its servers.
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()
+    data = places.data
     path = places.in_state("llama-swap.yaml")
     write_swap_yaml(places, config, proxy, path, drafts)
-    program = find_llama_swap(env, places.data)
+    program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
         return [program, "-config", path, "-listen", f"127.0.0.1:{port}"]
 
-    for said in refused_notes(config, env, places.data):
+    for said in refused_notes(config, env, data):
         log.warning(said)
-    bays = _swap_bays(places.data, config, env, log)
+    bays = _swap_bays(data, config, env, log)
     output = places.log("llama-swap.log")
     return SwapApp(config, command, env, log, output, bays)
 
@@ -17280,7 +17292,9 @@ def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
         _on_signals()
         engine_server = listen("127.0.0.1", config.engine_port, behind)
         server = listen(plan.host, plan.port, app)
-        behind.page_url = base_url(plan.host, server.server_port) + "/"
+        # Where any port will do, it is known only now.
+        page = base_url(plan.host, server.server_port)
+        behind.page_url = f"{page}/"
         behind.start()
         in_background("engine", engine_server.serve_forever)
         log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
