@@ -7675,8 +7675,10 @@ def _is_proven(record: Record) -> bool:
     # Windows writes the same path in upper and lower case.
     command = os.path.normcase(command)
     program = os.path.basename(PROGRAM)
+    if os.path.normcase(program) in command:
+        return True
     state = os.path.join(record.project, ".llmstack")
-    return os.path.normcase(program) in command or os.path.normcase(state) in command
+    return os.path.normcase(state) in command
 
 
 def owned_process(record: Optional[Record], project: str) -> bool:
@@ -7921,7 +7923,7 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     """Sockets that listen on `port`, with the number of their user."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        # The columns stand in proc(5); two that it names share one here, twice.
+        # The columns are proc(5)'s; both queues are one word, and so are the timer and its time.
         for row in read_text(table).splitlines()[1:]:
             _, local, _, state, _, _, _, user, _, inode = row.split()[:10]
             address, _, number = local.rpartition(":")
@@ -8091,7 +8093,7 @@ def _has_its_python(directory: str, python: str) -> bool:
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
-    # One whose name tells no version, as on Windows, has its packages where any other would look.
+    # Where its name tells no version, as on Windows, no directory does.
     if not re.match(r"python3\.[0-9]+t?\Z", name):
         return True
     packages = os.path.join(directory, "lib", name)
@@ -15557,10 +15559,11 @@ def _start_daemon(plan: Plan) -> None:
         "LLMSTACK_DATA_DIR": places.data,
         "LLMSTACK_MODELS_INI": places.models_ini,
     }
-    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
+    path = pid_file(places)
+    process, record = spawn_recorded(_daemon_command(plan), log, env, path, blank)
     try:
         # The copy is what finds the daemon when .llmstack is deleted under it.
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
+        copy = {"work": places.work, "record": read_text(path)}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -15724,7 +15727,7 @@ def running_channel(places: Places) -> str:
 
 def _hosted_states(config: Config, router: Optional[Upstream],
                    env: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
-    """_router_states; where no router runs, which hosted tiers have no credential."""
+    """What a router tells of its tiers; without one, which hosted tiers have no credential."""
     if router is not None:
         return _router_states(router)
     lacking = missing_credentials(config, env)
@@ -17230,18 +17233,19 @@ def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> O
     """The parking of llama-swap's models; None where there can be none. Errors: UserError."""
     program = find_llama_server(config, env, data)
     parking = open_parking(data, config, log)
-    if parking is None or not parking.parks or not program:
+    if parking is None or not program:
         return None
-    if "--slot-save-path" in probe_flags(program, config, data):
+    server = Binary(program, probe_flags(program, config, data))
+    if not _can_park(config, server):
         return None
 
     def identify(tier: Tier) -> str:
         own = tier_config(config, tier)
-        server = find_llama_server(own, env, data)
+        program = find_llama_server(own, env, data)
         ready = _ready_for_swap(tier, env)
+        refused = probe_flags(program, config, data)
         # A port makes no difference to what is parked.
-        refused = probe_flags(server, config, data)
-        words = server_command(server, ready, config, 0, refused)
+        words = server_command(program, ready, config, 0, refused)
         weights = weights_for(tier)
         return parking_identity(words, cached_model(weights, env), env)
 
