@@ -13875,10 +13875,8 @@ class Engine:
         if plan.proxy:
             models.append(Model(plan.proxy.tier, 0.0, plan.proxy))
         self.models = {model.name: model for model in models}
-        self._by_name: Dict[str, Model] = {}    # aliases, too: all that clients ask for
-        for model in models:
-            names = model.tier.names
-            self._by_name.update(dict.fromkeys(names, model))
+        # Aliases, too: all that clients ask for.
+        self._by_name = {name: model for model in models for name in model.tier.names}
         self._lock = threading.RLock()          # of all models and of what follows
         self._changed = threading.Condition(self._lock)
         self._tickets: List[Ticket] = []        # who waits, the longest first
@@ -14043,7 +14041,8 @@ class Engine:
         """
         if ticket.model.proxy:
             return []
-        leaving, running = set(), []
+        leaving: Set[str] = set()
+        running: List[Model] = []
         for model in self.models.values():
             # LiteLLM's proxy takes no memory that counts.
             if model.proxy or model.state == "stopped":
@@ -14102,10 +14101,9 @@ class Engine:
         if not self.pressure:
             return budgets_gb
         # While memory is short, no more than is held now.
+        nothing = (0.0,) * len(budgets_gb)
         held = [m.needs for m in running]
-        # Where nothing is held, that is nothing of each memory.
-        held.append((0.0,) * len(budgets_gb))
-        held_gb = needs_together(held)
+        held_gb = needs_together([nothing, *held])
         if not fits_together(alone, held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
@@ -14114,7 +14112,8 @@ class Engine:
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
         model.turn_to("starting")
-        model.cancelled = model.listening = False
+        model.cancelled = False
+        model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
         in_background(f"load {model.name}", self._load, model, victims)
@@ -14131,8 +14130,9 @@ class Engine:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._log.error(str(exc))
-            self._give_up(model, str(exc))
+            why = str(exc)
+            self._log.error(why)
+            self._give_up(model, why)
         except Exception:
             import traceback
             self._log.error(traceback.format_exc())
@@ -14174,7 +14174,10 @@ class Engine:
         # A bay that is being emptied tells nothing any more.
         if bay is not None and model.state == "ready":
             return bay.pace(tokens)
-        identity = model.identity or parking.speeds.identity_of(name)
+        # Of a model that this engine has not loaded yet, an earlier one may have learnt.
+        identity = model.identity
+        if not identity:
+            identity = parking.speeds.identity_of(name)
         return model_pace(parking, identity, tokens)
 
     def _keeping_cost(self, model: Model) -> float:
@@ -14184,9 +14187,11 @@ class Engine:
         """
         back_s = 0.0
         if self._parking is not None and model.identity:
-            back_s = self._parking.speeds.load_s(model.identity)
+            speeds = self._parking.speeds
+            back_s = speeds.load_s(model.identity)
         # Before a load has been seen, a guess by its size.
-        back_s = back_s or model.cost
+        if not back_s:
+            back_s = model.cost
         if model.bay is not None:
             back_s += model.bay.back_s()
         idle_minutes = (time.monotonic() - model.last_used) / 60
@@ -14420,9 +14425,12 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process = model.upstream = model.bay = None
+        model.process = None
+        model.upstream = None
+        model.bay = None
         model.port = 0
-        model.cancelled = model.listening = False
+        model.cancelled = False
+        model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
 
@@ -14451,10 +14459,11 @@ class Engine:
                     continue
                 code = model.process.poll()
                 ttl_s = model.tier.ttl
+                idle_s = now - model.last_used
                 if code is not None:
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
-                elif ttl_s and now - model.last_used > ttl_s:
+                elif ttl_s and idle_s > ttl_s:
                     self._log.info(f"{model.name}: idle for {ttl_s} s, unloading")
                     self._begin_stop(model)
                 elif model.bay is not None:
@@ -14541,9 +14550,13 @@ class Engine:
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
+        rows = {}
+        stopped = []
         with self._changed:
-            rows = {name: self._watched_row(model) for name, model in self.models.items()}
-            stopped = [m for m in self.models.values() if m.state == "stopped"]
+            for model in self.models.values():
+                rows[model.name] = self._watched_row(model)
+                if model.state == "stopped":
+                    stopped.append(model)
         # This looks at the disk, so not under the lock.
         for model in stopped:
             if not self._is_here(model):
@@ -14561,19 +14574,22 @@ class Engine:
         }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
+        since = model.since
         row: Dict[str, Any] = {
             "state": STATE_WORDS[model.state],
             "reason": "",
             "loads": model.loads,
             "evictions": model.evictions,
             "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
-            "since": round(model.since + self._epoch),
         }
+        # A request that was answered since has shown that it loads.
         if model.state == "stopped" and model.failed_at > model.last_used:
             why = load_failure_words(model.failure)
+            log = self._log_path(model.name)
             row["state"] = "failed to load"
-            row["reason"] = f"{why} ({self._log_path(model.name)})"
-            row["since"] = round(model.failed_at + self._epoch)
+            row["reason"] = f"{why} ({log})"
+            since = model.failed_at
+        row["since"] = round(since + self._epoch)
         if model.state == "starting":
             share = self._loaded(model)
             if share:
@@ -14603,7 +14619,8 @@ class MemoryWatch:
         self.machine = machine
         self._read = read
         self._before = read(machine.cuda)
-        self._pressure, self._calm = "", 0
+        self._pressure = ""
+        self._calm = 0                          # looks in a row that have found nothing
         self._stopped = threading.Event()
 
     def start(self, ease: Callable[[str], None]) -> None:
@@ -14735,9 +14752,12 @@ class EngineApp(Behind):
         if request.method == "POST":
             return self._unload(client, path)
         if path == "/health":
-            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+            whose = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, b"OK", _PLAIN, whose)
         elif path == "/ui" and self.page_url:
-            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
+            # llama-swap's page is here; ours is the router's.
+            where = f"Location: {self.page_url}\r\n"
+            client.reply(307, b"", _PLAIN, where.encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
             client.reply_json(listing)
@@ -17082,21 +17102,16 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # there is to say goes to the logs.
 
 
-class Unserved:
-    """Says of a later configuration which tiers the engine does not serve, and why."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._places = plan.places
-        # The engine has nothing to do with tiers of another host.
-        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
-
-    def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._places
-        found = unserved_hosted(places, config, places.env)
-        for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in self._known:
-                found[tier.name] = "the engine does not know it before `llmstack restart`"
-        return found
+def unserved_tiers(plan: Plan, config: Config) -> Dict[str, str]:
+    """Tiers of a later configuration that the engine does not serve -> why."""
+    places = plan.places
+    found = unserved_hosted(places, config, places.env)
+    # The engine has nothing to do with tiers of another host.
+    known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
+    for tier in config.tiers:
+        if tier.backend != "openai" and tier.name not in known:
+            found[tier.name] = "the engine does not know it before `llmstack restart`"
+    return found
 
 
 def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
@@ -17122,7 +17137,7 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         key=api_key(places.env),
         models_ini=places.models_ini,
         reload=reload,
-        unserved=Unserved(plan),
+        unserved=functools.partial(unserved_tiers, plan),
         remedy=remedy,
         env=places.env,
         record=record,

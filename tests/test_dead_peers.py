@@ -383,7 +383,7 @@ def test_a_tier_that_the_engine_was_started_without_is_not_served() -> None:
     direct = "[direct]\nrole = agent\nbase_url = http://127.0.0.1:1/v1\nmodel = m\n"
     more = TIER.replace("code-fast", "new").replace("role = fast", "role = plan")
     config = llmstack.parse_models_ini(TIER + more + direct)[0]
-    told = llmstack.Unserved(plan)(config)
+    told = llmstack.unserved_tiers(plan, config)
     assert told == {"new": "the engine does not know it before `llmstack restart`"}
 
 
