@@ -4959,7 +4959,6 @@ def _split_header(line: bytes) -> Header:
 
 
 
-
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
     said = [value for name, value, _ in headers if name == b"connection"]
@@ -17336,9 +17335,6 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
     bays = _swap_bays(data, config, env, log)
     output = places.log("llama-swap.log")
     return SwapApp(config, command, env, log, output, bays)
-
-
-
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
