@@ -14739,7 +14739,8 @@ class EngineApp(Behind):
         tier = self.engine.config.by_name(name)
         # LiteLLM knows no aliases.
         if body and tier and tier.backend == "litellm":
-            body = b"".join(with_model(body, True, tier.name))
+            pieces = with_model(body, True, tier.name)
+            body = b"".join(pieces)
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -15284,7 +15285,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, data = places.env, places.data
+    env = places.env
+    data = places.data
     local = local_tiers(config)
     server = swap_binary(config, env, data)
     machine = this_machine(config)
@@ -15336,7 +15338,8 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
@@ -15533,7 +15536,8 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    host, port = plan.host, plan.port
+    host = plan.host
+    port = plan.port
     if (record.host, record.port) != (host, port):
         url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
@@ -15542,7 +15546,8 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     wanted = {
         "router_port": (plan.host, plan.port),
         "engine_port": ("127.0.0.1", config.engine_port),
@@ -15561,7 +15566,8 @@ def program_name(program: Sequence[str]) -> str:
 
 
 def _say_started(plan: Plan) -> None:
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     proxy = plan_proxy(places, config, places.env)
     engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
@@ -15742,7 +15748,8 @@ def _tier_row(tier: Tier, known: Tuple[str, Any],
     # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier)
-        state, since_s = told.get("state", "unknown"), None
+        state = told.get("state", "unknown")
+        since_s = None
     return {
         "name": tier.name,
         "role": tier.role,
@@ -16286,9 +16293,11 @@ def span_words(seconds: float) -> str:
 
 def progress_words(have: float, size: float, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
-    unit, name = 1e6, "MB"
+    unit = 1e6
+    name = "MB"
     if size >= 1e9:
-        unit, name = 1e9, "GB"
+        unit = 1e9
+        name = "GB"
     words = f"{have / unit:,.1f}"
     if size:
         words += f" of {size / unit:,.1f}"
@@ -16837,6 +16846,7 @@ def text_in(row: Any, key: str) -> str:
 
 def number_in(row: Any, key: str) -> float:
     value = value_in(row, key)
+    # JSON as Python reads it knows NaN and Infinity, too.
     if isinstance(value, (int, float)) and 0 <= value < 1e15:
         return float(value)
     return 0.0
@@ -16860,6 +16870,7 @@ def rate_words(per_s: float) -> str:
 
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
+    # Local models are made for powers of two, hosts count in thousands.
     if tokens % 1024 == 0:
         return f"{tokens / 1024:.0f}k"
     if tokens >= 1000:
@@ -17065,7 +17076,8 @@ def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
         if not how:
             size = number_in(row, "total_bytes")
             how = progress_words(number_in(row, "bytes"), size, 0)
-        tier, label = text_in(row, "tier"), text_in(row, "label")
+        tier = text_in(row, "tier")
+        label = text_in(row, "label")
         line = f"Download {tier}-{label}: {state}, {how}"
         lines += wrapped_lines(line, width, "  ")
     return lines
@@ -17128,7 +17140,9 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, log.warning).on_channel(plan.channel)
+        config = load_config(places, log.warning)
+        # A new file does not change what runs: that takes a restart.
+        config = config.on_channel(plan.channel)
         return true_config(config, places, log.warning)
 
     setting = Setting(
@@ -17144,7 +17158,8 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     )
     app = RouterApp(plan.config, behind, log, setting)
     # The page shows downloads; the router itself knows nothing of them.
-    app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    sources = app.events.sources
+    sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
@@ -17246,7 +17261,8 @@ class ServerCommands:
     def __call__(self, tier: Tier, port: int) -> List[str]:
         """Errors: UserError."""
         config = self._config
-        env, data = self._places.env, self._places.data
+        env = self._places.env
+        data = self._places.data
         # A tier may name a llama-server of its own.
         own = tier_config(config, tier)
         server = find_llama_server(own, env, data)
@@ -17262,7 +17278,8 @@ class ServerCommands:
 
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    env, data = places.env, places.data
+    env = places.env
+    data = places.data
     program = find_llama_server(config, env, data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
@@ -17339,7 +17356,8 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     drafts = Drafts(places.data, engine_log)
     make_engine: Callable[..., Behind] = _embedded_app
     if plan.kind == "llama-swap":
