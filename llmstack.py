@@ -5153,7 +5153,6 @@ def _split_header(line: bytes) -> Header:
 
 
 
-
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
     said = [value for name, value, _ in headers if name == b"connection"]
@@ -7565,28 +7564,41 @@ def _remember(places: Places, name: str, data: bytes) -> None:
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
 
+def _percent_code(found: Match[bytes]) -> bytes:
+    return b"%%%02X" % ord(found.group())
+
+
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
     # Two spellings of one directory are one project.
-    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
+    path = os.path.normcase(os.path.realpath(project))
+    # urllib can quote, but its import would cost each shell prompt some milliseconds.
+    code = re.sub(rb"[^A-Za-z0-9/._-]", _percent_code, os.fsencode(path))
     return code.decode("ascii")
 
 
 def new_mark(project: str, kind: str = "stack") -> str:
     """A mark for one start in `project`; nobody else can have it."""
-    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+    start = os.urandom(12).hex()
+    return f"{kind}-{start}:{_project_code(project)}"
 
 
 def _marked_project(mark: str) -> str:
     """The project that a mark names, "" where it names none."""
     from urllib.parse import unquote_to_bytes
-    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
+    code = mark.partition(":")[2]
+    return os.fsdecode(unquote_to_bytes(code))
+
+
+# Of /proc/PID/stat, counted behind the program's name: the process's start in ticks since boot.
+_STAT_START = 19
 
 
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
-    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # A program's name may hold blanks and parentheses itself.
+    _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
+    return fields.split()
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -7599,11 +7611,13 @@ def _is_empty_shell(pid: int) -> bool:
 
 def _linux_started(pid: int) -> str:
     fields = _linux_stat(pid)
-    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+    if not fields:
+        return ""
+    if fields[0] in "ZX" and _is_empty_shell(pid):
         return ""
     # Ticks since boot come again after the next boot; the boot's own id does not.
-    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-    return f"{boot}-{fields[19]}"
+    boot = read_text("/proc/sys/kernel/random/boot_id")
+    return f"{boot[:8]}-{fields[_STAT_START]}"
 
 
 def _windows_started(pid: int) -> str:
@@ -7626,7 +7640,8 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    command = ["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]
+    return program_output(command).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7642,7 +7657,9 @@ def process_started(pid: int) -> str:
         return _linux_started(pid)
     if _ps_says(pid, "stat").startswith("Z"):
         return ""
-    return " ".join(_ps_says(pid, "lstart").split())
+    # ps pads the day of the month with a blank.
+    words = _ps_says(pid, "lstart").split()
+    return " ".join(words)
 
 
 def process_age_s(pid: int) -> Optional[float]:
@@ -7650,7 +7667,8 @@ def process_age_s(pid: int) -> Optional[float]:
     fields = _linux_stat(pid)
     if fields:
         up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        started_s = int(fields[_STAT_START]) / os.sysconf("SC_CLK_TCK")
+        return up_s - started_s
     # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
     words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
     if not words:
@@ -7662,10 +7680,8 @@ def process_age_s(pid: int) -> Optional[float]:
 
 
 def _all_pids() -> List[int]:
-    """Every process of this machine but this one, on Linux."""
-    names = os.listdir("/proc")
-    pids = {int(name) for name in names if name.isdigit()}
-    return sorted(pids - {os.getpid()})
+    """Every process of this machine, on Linux."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _has_proc() -> bool:
@@ -7694,14 +7710,18 @@ def _variables(words: Iterable[str]) -> Dict[str, str]:
 
 def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
     """Process -> its environment, which ps writes behind the command line."""
-    bare = _ps("-ww", *which, "-o", "pid=,command=")
-    whole = _ps("-wwE", *which, "-o", "pid=,command=")
+    shown = (*which, "-o", "pid=,command=")
+    bare = _ps("-ww", *shown)
+    whole = _ps("-wwE", *shown)
     found = {}
     for pid, text in whole.items():
         command = bare.get(pid, text)
+        # Another process may have got the number between the two calls.
+        if not text.startswith(command):
+            continue
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
-        if words and text.startswith(command):
+        if words:
             found[pid] = _variables(words)
     return found
 
@@ -7713,29 +7733,33 @@ def process_environment(pid: int) -> Optional[Dict[str, str]]:
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
+        data = read_regular(f"/proc/{pid}/environ")
     except OSError:
         return None
+    return _variables(os.fsdecode(data).split("\0"))
 
 
 def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
-        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={pid}).CommandLine"
         return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+        data = read_regular(f"/proc/{pid}/cmdline")
     except OSError:
         return []
+    return os.fsdecode(data).split("\0")
 
 
 def process_user(pid: int) -> Optional[int]:
     """The number of the user a process runs as; None where that cannot be told."""
     if IS_WINDOWS:
         return None
-    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    # The second number is the effective user.
+    status = read_text(f"/proc/{pid}/status")
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
     if found:
         return int(found.group(1))
     uid = _ps_says(pid, "uid")
@@ -7756,12 +7780,10 @@ def _marks() -> Dict[int, str]:
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
-    marks = {}
-    for pid, environment in environments.items():
-        mark = _mark_in(environment)
-        if mark and pid != os.getpid():
-            marks[pid] = mark
-    return marks
+    marks = {pid: _mark_in(environment) for pid, environment in environments.items()}
+    # Whoever stops what carries a mark goes on itself.
+    marks.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in marks.items() if mark}
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -7769,15 +7791,12 @@ def stack_members(stack: str) -> Dict[int, str]:
     return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
-def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
-    """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    code = _project_code(project)
-    found = {}
-    for pid, mark in _marks().items():
-        start, _, marked = mark.partition(":")
-        if start.startswith(f"{kind}-") and marked == code:
-            found[pid] = mark
-    return found
+def project_members(project: str) -> Dict[int, str]:
+    """Living processes of a project's stack, records or none: (pid -> mark)."""
+    end = ":" + _project_code(project)
+    # A worker that downloads for the project outlives its stack; its mark begins otherwise.
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith("stack-") and mark.endswith(end)}
 
 
 class Record(NamedTuple):
@@ -7809,7 +7828,7 @@ def record_is_ours(record: Record, project: str) -> bool:
     return record.stack.partition(":")[2] == _project_code(project)
 
 
-MAX_PID = 2 ** 32 - 1
+MAX_PID = 2 ** 32 - 1                           # of Windows; other systems' are smaller
 
 
 def _is_recorded(name: str, value: Any) -> bool:
@@ -7817,8 +7836,6 @@ def _is_recorded(name: str, value: Any) -> bool:
     if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
-    if name in ("started", "stack") and not value:
-        return False
     return isinstance(value, str) and value.isprintable()
 
 
@@ -7830,17 +7847,22 @@ def parse_record(text: str) -> Optional[Record]:
     pid = int(number)
     if not 1 < pid <= MAX_PID:
         return None
-    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values[name] for name in Record._fields[1:]}
-    if not all(_is_recorded(name, value) for name, value in fields.items()):
-        return None
+    values = {**Record._field_defaults, **parse_json_object(rest)}
+    # What a newer version may have written beside them is no fault.
+    fields: Dict[str, Any] = {}
+    for name in Record._fields[1:]:
+        value = values.get(name)
+        if not _is_recorded(name, value):
+            return None
+        fields[name] = value
     return Record(pid, **fields)
 
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    pid = values.pop("pid")
-    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
+    del values["pid"]
+    rest = json.dumps(values)
+    write_atomic(path, f"{record.pid}\n{rest}\n")
 
 
 def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
@@ -7853,22 +7875,31 @@ def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     return environment
 
 
-def owned_process(record: Optional[Record], project: str) -> bool:
-    """True where a record's process is alive and proves to be what was started for `project`.
+def _is_proven(record: Record) -> bool:
+    """True where the living process of a record is the one that it was written for.
 
     The proof is the mark in its environment, or, where no environment can be read, that it runs our
     program or reads what stands in the project's .llmstack/.
     """
-    if record is None or not record_is_ours(record, project) or not record.alive:
-        return False
     environment = _settled_environment(record.pid)
     if environment is not None:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
-    command = os.path.normcase(" ".join(process_command(record.pid)))
-    program = os.path.normcase(os.path.basename(PROGRAM))
-    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
-    return program in command or state in command
+    command = " ".join(process_command(record.pid))
+    # Windows writes the same path in upper and lower case.
+    command = os.path.normcase(command)
+    program = os.path.basename(PROGRAM)
+    if os.path.normcase(program) in command:
+        return True
+    state = os.path.join(record.project, ".llmstack")
+    return os.path.normcase(state) in command
+
+
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`."""
+    if record is None or not record_is_ours(record, project):
+        return False
+    return record.alive and _is_proven(record)
 
 
 def proven_record(text: str, project: str) -> Optional[Record]:
@@ -7880,7 +7911,7 @@ def proven_record(text: str, project: str) -> Optional[Record]:
     record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    if record.alive and not owned_process(record, project):
+    if record.alive and not _is_proven(record):
         return None
     return record
 
@@ -7891,7 +7922,8 @@ def read_record(path: str) -> Optional[Record]:
     A link in the file's place makes it nobody else's.
     """
     state = os.path.realpath(os.path.dirname(path))
-    return proven_record(read_text(path), os.path.dirname(state))
+    project = os.path.dirname(state)
+    return proven_record(read_text(path), project)
 
 
 def _signal_process(pid: int, number: int) -> None:
@@ -7935,8 +7967,8 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     # The child has its own copy of the descriptor.
     with output:
         try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), close_fds=True, **flags)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=env, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7989,26 +8021,16 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
     return False
 
 
-def _stop_marked(marks: Mapping[int, str]) -> int:
+def stop_members(members: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
     stopped = 0
-    for pid, mark in marks.items():
+    for pid, mark in members.items():
         started = process_started(pid)
         # Meanwhile another process may have got the number.
         if _mark_in(process_environment(pid)) == mark:
             stop_process(pid, started, 2.0)
             stopped += 1
     return stopped
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of one start; returns how many there were."""
-    return _stop_marked(stack_members(stack))
-
-
-def stop_project_members(project: str, kind: str = "stack") -> int:
-    """Stop all that was started for a project, though no record is left; returns how many."""
-    return _stop_marked(project_members(project, kind))
 
 
 def stop_recorded(record: Record, project: str, grace_s: float) -> int:
@@ -8019,11 +8041,14 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = int(owned_process(record, project))
-    if stopped and not stop_process(record.pid, record.started, grace_s):
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                        f"end it by hand: kill -9 {record.pid}")
-    return stopped + stop_stack_members(record.stack)
+    pid = record.pid
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not stop_process(pid, record.started, grace_s):
+            raise UserError(f"{record.kind} (pid {pid}) does not stop",
+                            f"end it by hand: kill -9 {pid}")
+    return stopped + stop_members(stack_members(record.stack))
 
 
 def _group_of(pid: int) -> int:
@@ -8033,12 +8058,18 @@ def _group_of(pid: int) -> int:
         return 0
 
 
+# EACCES is what a port below 1024 gives; then the same two as Windows numbers them.
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES, 10_048, 10_013)
+
+
 def _listen_once(host: str, port: int) -> int:
     """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -8046,8 +8077,7 @@ def _listen_once(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
-            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            if exc.errno in _PORT_TAKEN or getattr(exc, "winerror", 0) in _PORT_TAKEN:
                 return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
@@ -8066,12 +8096,13 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None and time.monotonic() < end:
             time.sleep(0.02)
             continue
-        problem = f"exited with {code}"
+        problem = f"exited with {code} at start"
         if code is None:
-            problem = f"did not answer within {patience_s} s"
+            problem = f"did not answer within {patience_s} s at start"
+        # What stood in the log before is of an earlier start.
         if file_size(log) > log_bytes:
-            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
-        raise UserError(f"{what} {problem} at start", f"see {log}")
+            problem += f":\n{tail_of(log)}"
+        raise UserError(f"{what} {problem}", f"see {log}")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -8106,14 +8137,15 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     """Sockets that listen on `port`, with the number of their user."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        # The columns are proc(5)'s; both queues are one word, and so are the timer and its time.
         for row in read_text(table).splitlines()[1:]:
-            fields = row.split()
-            address, _, number = fields[1].rpartition(":")
-            # 0A is LISTEN.
-            listens = fields[3] == "0A" and int(number, 16) == port
-            if listens and address in _LOCAL_ADDRESSES:
-                user, inode = int(fields[7]), fields[9]
-                found[f"socket:[{inode}]"] = user
+            _, local, _, state, _, _, _, user, _, inode = row.split()[:10]
+            address, _, number = local.rpartition(":")
+            if address not in _LOCAL_ADDRESSES or int(number, 16) != port:
+                continue
+            # LISTEN.
+            if state == "0A":
+                found[f"socket:[{inode}]"] = int(user)
     return found
 
 
@@ -8134,13 +8166,17 @@ def _linux_listeners(port: int) -> Set[int]:
     sockets = _linux_sockets(port)
     if not sockets:
         return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
+    holders = set()
+    for pid in _all_pids():
+        if not sockets.keys().isdisjoint(_open_files(pid)):
+            holders.add(pid)
+    return holders
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
     """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    row = rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$"
+    found = re.findall(row, netstat, re.MULTILINE)
     return {int(pid) for pid in found}
 
 
@@ -8153,15 +8189,19 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(program_output(["netstat", "-ano"]), port)
-    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
+        netstat = program_output(["netstat", "-ano"])
+        return _windows_listeners(netstat, port)
+    command = ["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]
+    words = program_output(command).split()
+    return {int(pid) for pid in words if pid.isdigit()}
 
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
+    # The program itself, or Python and then the program.
     words = process_command(pid)[:2]
-    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
+    program = re.compile(r"(^|[/\\])llmstack(\.pyz?)?\Z")
+    return any(map(program.search, words))
 
 
 def _hidden_holder(port: int) -> str:
@@ -8186,15 +8226,20 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "llmstack" if _is_llmstack(pid) else "program"
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
         return f"another user's {what} (pid {pid})"
-    project = _marked_project(_mark_in(process_environment(pid)))
+    mark = _mark_in(process_environment(pid))
+    project = _marked_project(mark)
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
     name = read_text(f"/proc/{pid}/comm").strip()
     if not name:
         name = os.path.basename(_ps_says(pid, "comm"))
-    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+    # Any process may give itself any name.
+    name = visible(name, 80) or "a program"
+    return f"{name} (pid {pid})"
 
 
 # ==================================================================================================
@@ -8246,7 +8291,9 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str) -> str:
     """The Python of an environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
     return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
@@ -8254,15 +8301,17 @@ def _has_its_python(directory: str, python: str) -> bool:
     """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1)):
+    if home is None or not os.path.isdir(home[1]):
         return False
     if not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
+    # Where its name tells no version, as on Windows, no directory does.
     if not re.match(r"python3\.[0-9]+t?\Z", name):
         return True
-    return os.path.isdir(os.path.join(directory, "lib", name))
+    packages = os.path.join(directory, "lib", name)
+    return os.path.isdir(packages)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
@@ -8270,7 +8319,8 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_program(wanted, data))
+    python = environment_program(wanted, data)
+    return _has_its_python(directory, python)
 
 
 def _launched_python(minor: int) -> str:
@@ -8296,7 +8346,7 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     if sys.version_info[1] in minors:
         return sys.executable
     for minor in reversed(minors):
-        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        python = find_program(f"python3.{minor}{EXE}") or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
     return ""
@@ -8318,24 +8368,24 @@ def run_with_progress(what: str, command: Sequence[str],
     import tempfile
     began = time.monotonic()
     with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while not _ends_within(process, 1):
-                progress.show(f"  {what}: {time.monotonic() - began:.0f} s")
+                passed_s = time.monotonic() - began
+                progress.show(f"  {what}: {passed_s:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
             process.wait()
             raise
+        passed_s = time.monotonic() - began
+        if not process.returncode:
+            progress.say(f"  {what}: done in {passed_s:.0f} s")
+            return None
+        progress.say(f"  {what}: failed after {passed_s:.0f} s")
         output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-        passed = time.monotonic() - began
-        if process.returncode:
-            progress.say(f"  {what}: failed after {passed:.0f} s")
-            return text
-        progress.say(f"  {what}: done in {passed:.0f} s")
-    return None
+        return output.read().decode("utf-8", "replace")
 
 
 def outside_pip(python: str) -> List[str]:
@@ -8343,10 +8393,12 @@ def outside_pip(python: str) -> List[str]:
 
     -I keeps a pip.py of the current directory from being taken for it.
     """
+    # Most of the time both are the same.
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
-        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+        said = program_output([*command, "--version"])
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", said)
+        if version and tuple(map(int, version.groups())) >= OLDEST_PIP:
             return command
     return []
 
@@ -8355,11 +8407,27 @@ def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
         return [wanted.requirement]
-    words = [wanted.requirement]
-    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
+    # pip takes hashes from a file alone.
+    line = wanted.requirement
+    for digest in wanted.hashes:
+        line += f" --hash=sha256:{digest}"
     path = os.path.join(directory, "requirements.txt")
-    write_atomic(path, " ".join(words) + "\n")
+    write_atomic(path, line + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
+
+
+def _install_error(wanted: PrivateEnvironment, what: str, output: str) -> UserError:
+    """What to say where a step of an installation has failed."""
+    hint = "see that PyPI can be reached, then again"
+    # Debian keeps venv's part of Python in a package of its own.
+    if "ensurepip" in output:
+        hint = "apt install python3-venv, then again"
+    if wanted.otherwise:
+        hint += f"; {wanted.otherwise}"
+    # pip and venv say the reason last.
+    said = output.strip() or "no reason given"
+    reason = said.splitlines()[-1]
+    return UserError(f"the {what} failed: {reason}", hint)
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -8370,7 +8438,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     """
     import shutil
     directory = environment_dir(wanted, data)
-    if os.path.exists(os.path.join(directory, "ready")):
+    ready = os.path.join(directory, "ready")
+    if os.path.exists(ready):
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
@@ -8382,25 +8451,19 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         make.append("--without-pip")
         pip = [*outside, "--python", inside]
     pip += ["install", "--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += _requirement_words(wanted, directory)
     steps = (
         ("environment", make),
-        ("download and install", [*pip, *_requirement_words(wanted, directory)]),
+        ("download and install", pip),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = run_with_progress(what, command, say)
-        if output is None:
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        # pip and venv say the reason last.
-        said = output.strip() or "no reason given"
-        reason = said.splitlines()[-1]
-        hint = "see that PyPI can be reached, then again"
-        # Debian keeps venv's part of Python in a package of its own.
-        if "ensurepip" in output:
-            hint = "apt install python3-venv, then again"
-        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
-    write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise _install_error(wanted, what, output)
+    # Last: an environment without it is made anew.
+    write_atomic(ready, wanted.version + "\n")
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
@@ -8410,12 +8473,14 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
     """
     if environment_ready(wanted, data):
         return
+    what = wanted.what
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
+        raise UserError(f"{what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {what}; waiting")):
+        # Whoever held the lock may have made it.
         if not environment_ready(wanted, data):
             _make_environment(wanted, data, python, say)
 
@@ -9579,7 +9644,8 @@ class Server:
     Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
     """
 
-    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
+                 head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
         self._core = core_here()                # that its connections' threads keep to
         self._lock = threading.Lock()
@@ -9712,12 +9778,6 @@ class Server:
             closing, self._refused = self._refused[:most], self._refused[most:]
         for client in closing:
             client.close()
-
-
-def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
-    """A listening server; serve_forever() answers. Errors: OSError."""
-    return Server(host, port, app, most, head_timeout_s)
 
 
 # ==================================================================================================
@@ -11021,12 +11081,17 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     return request, body
 
 
-def read_object(body: bytes) -> Dict[str, Any]:
-    """The JSON object in a request's body. Errors: HttpError 400."""
+def read_json(body: bytes) -> Any:
+    """The JSON in a request's body. Errors: HttpError 400."""
     try:
-        values = parse_json(str(body, "utf-8"))
+        return parse_json(str(body, "utf-8"))
     except (ValueError, RecursionError) as exc:
         raise HttpError(400, f"the body is not JSON: {exc}") from None
+
+
+def read_object(body: bytes) -> Dict[str, Any]:
+    """The JSON object in a request's body. Errors: HttpError 400."""
+    values = read_json(body)
     if not isinstance(values, dict):
         raise HttpError(400, "the body is not a JSON object")
     return values
@@ -14121,7 +14186,8 @@ class Model:
     """One tier's llama-server. All fields belong to the engine's lock."""
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
-        self.tier, self.gb = tier, gb
+        self.tier = tier
+        self.gb = gb
         self.needs: Needs = (gb,)               # of each memory
         self.memory: Optional[Memory] = None    # what that is made of, where its header is known
         self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
@@ -14139,7 +14205,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.loads = self.evictions = 0
+        self.loads = 0
+        self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
@@ -14153,18 +14220,22 @@ class Model:
         return self.state == "ready" and not self.in_flight
 
     def turn_to(self, state: str) -> None:
-        self.state, self.since = state, time.monotonic()
+        self.state = state
+        self.since = time.monotonic()
 
 
 def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     """The model of a local tier: it takes what was measured, else what its file's size says."""
     if fit is None:
         weights = weights_for(tier)
-        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
+        size_gb = weights.size_gb or file_size(weights.path) / 1e9
+        return Model(tier, footprint_gb(size_gb))
     model = Model(tier, fit.need_gb)
-    model.needs, model.memory = fit.needs, fit.memory
-    if fit.memory is not None:
-        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+    model.needs = fit.needs
+    memory = fit.memory
+    if memory is not None:
+        model.memory = memory
+        model.cost = tier_cost(tier, memory.weights / 1e9)
     return model
 
 
@@ -14188,11 +14259,13 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    if not is_copied:
+        return 0.0
     read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
-    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
-        return 0.0
-    return read_bytes / size_bytes
+    if OWN_READ_BYTES < read_bytes < size_bytes:
+        return read_bytes / size_bytes
+    return 0.0
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -14257,22 +14330,22 @@ class Engine:
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
         self.config = config
         self._command = command
-        self._log, self._log_path = log, log_path
-        self._env = dict(plan.env)
-        self._local_env = without_credentials(plan.env)
-        self._first_port = plan.first_port
+        self._log = log
+        self._log_path = log_path
+        self._plan = plan
         self._parking = plan.parking
-        self._budget_gb = plan.budget_gb
+        # Servers of models on this machine ask no provider.
+        self._local_env = without_credentials(plan.env)
         self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
         fits = {fit.name: fit for fit in plan.fits}
-        needs = {name: fit.needs for name, fit in fits.items()}
+        needs = {fit.name: fit.needs for fit in plan.fits}
         self._sets = residency_sets(config, needs or None, self._budgets_gb)
-        self.models: Dict[str, Model] = {}
-        for tier in local_tiers(config):
-            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
-        self._proxy: Optional[Model] = None
+        models = [_model_of(tier, fits.get(tier.name)) for tier in local_tiers(config)]
         if plan.proxy:
-            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+            models.append(Model(plan.proxy.tier, 0.0, plan.proxy))
+        self.models = {model.name: model for model in models}
+        # Aliases, too: all that clients ask for.
+        self._by_name = {name: model for model in models for name in model.tier.names}
         self._lock = threading.RLock()          # of all models and of what follows
         self._changed = threading.Condition(self._lock)
         self._tickets: List[Ticket] = []        # who waits, the longest first
@@ -14281,14 +14354,7 @@ class Engine:
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
     def find(self, name: str) -> Optional[Model]:
-        if name in self.models:
-            return self.models[name]
-        if self._proxy and name in self._proxy.tier.aliases:
-            return self._proxy
-        tier = self.config.by_name(name)
-        if tier is None:
-            return None
-        return self.models.get(tier.name)
+        return self._by_name.get(name)
 
     # ---- for requests
 
@@ -14359,25 +14425,32 @@ class Engine:
 
     def _loading_stage(self, model: Model) -> str:
         """How far the load of a model is. Whoever holds the lock asks."""
+        name = model.name
         leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        # Whoever has to go is gone before the server is started.
         if leaving and model.process is None:
-            return f"unloading {', '.join(leaving)} to load {model.name}"
-        doing = "downloading" if self._is_downloading(model) else "loading"
-        return f"{doing} {model.name}{percent_words(self._loaded(model))}"
+            names = ", ".join(leaving)
+            return f"unloading {names} to load {name}"
+        doing = "loading"
+        if self._is_downloading(model):
+            doing = "downloading"
+        share = self._loaded(model)
+        return f"{doing} {name}{percent_words(share)}"
 
     def _is_downloading(self, model: Model) -> bool:
         """Whether a starting model's server fetches it first; it does not listen before."""
-        return not (model.listening or self._is_here(model))
+        return not model.listening and not self._is_here(model)
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load, or download, that is done; 0.0 where that is not known."""
-        if model.proxy or model.process is None:
+        process = model.process
+        if model.proxy or process is None:
             return 0.0
         weights = weights_for(model.tier)
         if self._is_downloading(model):
             return downloaded_share(weights, self._local_env)
-        parts = local_parts(weights, self._local_env)
-        return read_share(model.process.pid, model.command, parts)
+        paths = local_parts(weights, self._local_env)
+        return read_share(process.pid, model.command, paths)
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
@@ -14388,9 +14461,11 @@ class Engine:
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
-        if model.proxy:
-            return True
-        return bool(cached_model(weights_for(model.tier), self._local_env))
+        return bool(model.proxy or self._cached(model))
+
+    def _cached(self, model: Model) -> str:
+        """The first file of a model, "" where not all of it is on this disk."""
+        return cached_model(weights_for(model.tier), self._local_env)
 
     def _queue(self, ticket: Ticket) -> None:
         if ticket not in self._tickets:
@@ -14422,60 +14497,83 @@ class Engine:
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
         name = ticket.model.name
-        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
-        waiting = [other for other in self._tickets if name in other.blocked_by]
-        return any(other.since < fair_since for other in waiting)
+        fair_since = time.monotonic() - FAIR_WAIT_S
+        # A ticket that is older than theirs was here first.
+        fair_since = min(fair_since, ticket.since)
+        since = [other.since for other in self._tickets if name in other.blocked_by]
+        return min(since, default=fair_since) < fair_since
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
 
         Errors: LoadError.
         """
-        model = ticket.model
-        if model.proxy:
+        if ticket.model.proxy:
             return []
-        others = [m for m in self.models.values() if m is not model and not m.proxy]
-        leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
-        running = [m for m in others if m.state in ("starting", "ready")]
+        leaving: Set[str] = set()
+        running: List[Model] = []
+        for model in self.models.values():
+            # LiteLLM's proxy takes no memory that counts.
+            if model.proxy or model.state == "stopped":
+                continue
+            if model.state == "stopping":
+                leaving.add(model.name)
+            else:
+                running.append(model)
         busy = self._busy_names(ticket, running)
-        victims = self._victims(model, running, busy)
-        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        victims = self._victims(ticket.model, running, busy)
+        # What is leaving makes room as it is: whether that is enough is known once it is gone.
+        ticket.blocked_by = leaving | busy.intersection(victims)
         if ticket.blocked_by:
             return None
         return [self.models[name] for name in victims]
 
     def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
         """What may not be stopped for a ticket now."""
+        busy = {m.name for m in running if not m.is_idle}
         # Who has waited longer for a model that runs is to find it loaded.
-        ahead = self._tickets[:self._tickets.index(ticket)]
-        wanted = {other.model.name for other in ahead}
-        return {m.name for m in running if not m.is_idle or m.name in wanted}
+        for other in self._tickets:
+            if other is ticket:
+                break
+            busy.add(other.model.name)
+        return busy
 
     def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
         """What has to go before a model can load, busy or not. Errors: LoadError."""
         limits_gb = self._limits_gb(model, running)
         costs = {m.name: self._keeping_cost(m) for m in running}
+
+        def reluctance(other: Model) -> Tuple[bool, float, float]:
+            return other.name in busy, costs[other.name], other.last_used
+
         # Idle ones first, of these the cheapest to bring back.
-        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in order]
+        order = sorted(running, key=reluctance)
+        needs = {m.name: m.needs for m in order}
+        names = list(needs)
         victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [m for m in order if m.name not in victims]
-        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
-            victims.append(staying.pop(0).name)
+        for name in victims:
+            del needs[name]
+        while not fits_together([model.needs, *needs.values()], limits_gb):
+            name = next(iter(needs))
+            del needs[name]
+            victims.append(name)
         return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
         """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        budgets_gb = self._budgets_gb
+        alone = [model.needs]
         words = f"{model.name} needs about {gb_words(model.needs)}"
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
-                            " models.ini)")
+        if not fits_together(alone, budgets_gb):
+            budget = gb_words(budgets_gb)
+            raise LoadError(f"{words} and the budget is {budget} (memory_gb in models.ini)")
         if not self.pressure:
-            return self._budgets_gb
+            return budgets_gb
         # While memory is short, no more than is held now.
-        nothing = (0.0,) * len(self._budgets_gb)
-        held_gb = needs_together([nothing, *(m.needs for m in running)])
-        if not fits_together([model.needs], held_gb):
+        nothing = (0.0,) * len(budgets_gb)
+        held = [m.needs for m in running]
+        held_gb = needs_together([nothing, *held])
+        if not fits_together(alone, held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
 
@@ -14483,7 +14581,8 @@ class Engine:
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
         model.turn_to("starting")
-        model.cancelled = model.listening = False
+        model.cancelled = False
+        model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
         in_background(f"load {model.name}", self._load, model, victims)
@@ -14500,8 +14599,9 @@ class Engine:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._log.error(str(exc))
-            self._give_up(model, str(exc))
+            why = str(exc)
+            self._log.error(why)
+            self._give_up(model, why)
         except Exception:
             import traceback
             self._log.error(traceback.format_exc())
@@ -14517,53 +14617,59 @@ class Engine:
         load_s = time.monotonic() - began
         while not self._restore(model):
             self._start(model)
-        self._note_load(model, load_s)
+        if self._parking is not None and model.bay is not None:
+            speeds = self._parking.speeds
+            path = self._cached(model)
+            pid = model.process.pid
+            speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
         with self._changed:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
-            took_s = time.monotonic() - model.since
+            asked = model.since
             model.turn_to("ready")
             model.loads += 1
-            model.last_used = time.monotonic()
+            model.last_used = model.since
+            took_s = model.since - asked
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
-
-    def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took."""
-        if self._parking is None or model.bay is None:
-            return
-        weights = cached_model(weights_for(model.tier), self._local_env)
-        model.identity = model.bay.identity
-        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
-                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
+        parking = self._parking
         model = self.models.get(name)
-        if model is None or self._parking is None:
+        if model is None or parking is None:
             return Pace()
         bay = model.bay
+        # A bay that is being emptied tells nothing any more.
         if bay is not None and model.state == "ready":
             return bay.pace(tokens)
-        identity = model.identity or self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        # Of a model that this engine has not loaded yet, an earlier one may have learnt.
+        identity = model.identity
+        if not identity:
+            identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(model.cost)
+        back_s = 0.0
         if self._parking is not None and model.identity:
-            back_s = self._parking.speeds.load_s(model.identity) or back_s
+            speeds = self._parking.speeds
+            back_s = speeds.load_s(model.identity)
+        # Before a load has been seen, a guess by its size.
+        if not back_s:
+            back_s = model.cost
         if model.bay is not None:
             back_s += model.bay.back_s()
-        idle_s = time.monotonic() - model.last_used
-        return back_s / (1 + idle_s / 60)
+        idle_minutes = (time.monotonic() - model.last_used) / 60
+        return back_s / (1 + idle_minutes)
 
     def _give_up(self, model: Model, why: str) -> None:
         with self._changed:
-            model.failure, model.failed_at = why, time.monotonic()
+            model.failure = why
+            model.failed_at = time.monotonic()
         self._stop(model)
 
     def _start(self, model: Model) -> None:
@@ -14571,35 +14677,44 @@ class Engine:
 
         Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
-        log = self._log_path(model.name)
+        name = model.name
+        log = self._log_path(name)
+        # Only now, while nobody writes to it.
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
         path = weights_for(model.tier).path
         if path and not os.path.exists(path):
-            raise LoadError(f"{model.name}: there is no {path}")
+            raise LoadError(f"{name}: there is no {path}")
         for tries_left in (2, 1, 0):
-            before = file_size(log)
-            self._spawn_server(model, log)
-            code = self._wait_healthy(model, log, bool(path))
-            others = self._others_listening(model)
-            if code is None and not (others and tries_left):
-                return
+            # LiteLLM's proxy has a port of its own.
+            may_move = tries_left > 0 and not model.proxy
+            log_bytes = file_size(log)
+            port = self._spawn_server(model, log)
+            code = self._wait_healthy(model, log)
             if code is None:
+                # llama-server sets SO_REUSEPORT: two that choose a port in the same moment both
+                # have it, and each gets some of the other's requests.
+                strangers = self._listening_groups(model) - {model.process.pid}
+                if not strangers or not may_move:
+                    return
                 self._end_server(model)
-            elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                raise LoadError(self._exit_words(model, code, log, before))
-            self._log.warning(f"{model.name}: port {model.port} was taken by"
-                              f" {port_holder(model.port)} meanwhile")
+            elif not may_move or port_is_free("127.0.0.1", port):
+                words = self._exit_words(model, code, log, log_bytes)
+                raise LoadError(words)
+            holder = port_holder(port)
+            self._log.warning(f"{name}: port {port} was taken by {holder} meanwhile")
 
     def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
         """What to say of a server that has ended while it was loading."""
+        name = model.name
         if not self._is_here(model):
-            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
-            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+            size_bytes = weights_for(model.tier).size_gb * 1e9
+            size = size_words(size_bytes) or "size unknown"
+            return f"{name} is not downloaded ({size}): llmstack download {name}"
         tail = "it printed nothing"
         if file_size(log) > log_bytes:
             tail = tail_of(log)
-        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+        return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
     def _end_server(model: Model) -> bool:
@@ -14608,14 +14723,15 @@ class Engine:
         return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
-    def _others_listening(model: Model) -> List[int]:
-        """Processes that share a server's port, and would get some of its requests.
+    def _listening_groups(model: Model) -> Set[int]:
+        """The process groups that listen on a server's port; a server of ours leads its own.
 
-        llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it.
+        None where that cannot be told: Windows has no groups, and not every system tells who
+        listens.
         """
-        if model.proxy or IS_WINDOWS or model.process.poll() is not None:
-            return []
-        return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
+        if IS_WINDOWS:
+            return set()
+        return set(map(_group_of, listeners(model.port)))
 
     def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
         """The command line and the environment of a model's server. Errors: UserError."""
@@ -14624,56 +14740,73 @@ class Engine:
             # A key that nobody but us knows keeps web pages out.
             upstream.key = os.urandom(16).hex()
             env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
-            return self._command(model.tier, port), env
+            command = self._command(model.tier, port)
+            return command, env
         if not port_is_free("127.0.0.1", port):
-            raise UserError(f"port {port} is taken by {port_holder(port)}",
+            holder = port_holder(port)
+            raise UserError(f"port {port} is taken by {holder}",
                             "choose another litellm_port in models.ini")
-        return list(model.proxy.command), litellm_env(self._env)
+        # It asks providers, so it gets the credentials that others do not.
+        env = litellm_env(self._plan.env)
+        return list(model.proxy.command), env
 
-    def _spawn_server(self, model: Model, log: str) -> None:
+    def _spawn_server(self, model: Model, log: str) -> int:
+        """Start a model's server; its port. Errors: LoadError, _Cancelled."""
         with self._changed:
-            port = model.proxy.port if model.proxy else self._free_port(model)
+            port = self._choose_port(model)
             upstream = Upstream("127.0.0.1", port)
-            model.port, model.upstream = port, upstream
+            model.port = port
+            model.upstream = upstream
         try:
             # This may ask the binary about its flags, so not under the lock.
             model.command, env = self._server_start(model, upstream)
             with self._changed:
                 self._check_wanted(model)
-                model.process = spawn(model.command, log, env)
-                model.started = process_started(model.process.pid)
+                process = spawn(model.command, log, env)
+                model.process = process
+                model.started = process_started(process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
         self._log.info(f"{model.name}: starting on port {port}")
+        return port
 
-    def _free_port(self, model: Model) -> int:
+    def _choose_port(self, model: Model) -> int:
+        """The proxy's own port, else a free one; another load may be about to listen on its own."""
+        if model.proxy:
+            return model.proxy.port
         taken = {other.port for other in self.models.values() if other is not model}
-        for port in range(self._first_port, 65_536):
+        first = self._plan.first_port
+        for port in range(first, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
-        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+        raise LoadError(f"{model.name}: there is no free port above {first}")
 
-    def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
+    def _wait_healthy(self, model: Model, log: str) -> Optional[int]:
         """None once a model's server is healthy, its exit code where it ends before.
 
         Errors: LoadError, _Cancelled.
         """
+        # It does not listen before it has downloaded its model, which takes as long as it does.
+        may_download = not model.proxy and not weights_for(model.tier).path
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model):
             with self._changed:
                 self._check_wanted(model)
-            if model.process.poll() is not None:
-                return int(model.process.returncode)
-            if time.monotonic() > end:
+            code: Optional[int] = model.process.poll()
+            if code is not None:
+                return code
+            now = time.monotonic()
+            if now > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             if not model.listening:
                 model.listening = not port_is_free("127.0.0.1", model.port)
-            if not (on_disk or model.proxy or model.listening):
-                # It does not listen before it has downloaded its model.
-                end = time.monotonic() + LOAD_TIMEOUT_S
+            if may_download and not model.listening:
+                end = now + LOAD_TIMEOUT_S
             # A small model is there in a second or two, a large one in minutes.
-            is_young = time.monotonic() - model.since < 5
-            time.sleep(0.05 if is_young else 0.25)
+            pause_s = 0.25
+            if now - model.since < 5:
+                pause_s = 0.05
+            time.sleep(pause_s)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -14684,16 +14817,18 @@ class Engine:
         if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
-        weights = cached_model(weights_for(model.tier), self._local_env)
+        path = self._cached(model)
         try:
-            identity = parking_identity(model.command, weights, self._local_env)
+            identity = parking_identity(model.command, path, self._local_env)
         except OSError as exc:
             self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
             return True
+        model.identity = identity
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
-        bay.parks = bay.parks and "--slot-save-path" in model.command
-        restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model):
+        # A build without the flag neither saves nor restores.
+        if "--slot-save-path" not in model.command:
+            bay.parks = False
+        if bay.parks and not bay.restore() and not self._healthy(model):
             self._end_server(model)
             return False
         model.bay = bay
@@ -14705,10 +14840,12 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
-        if 0 < model.context < wanted:
-            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {wanted:,}")
+        tokens = _quantity(settings.get("n_ctx"))
+        wanted = model.tier.ctx_size
+        if 0 < tokens < wanted:
+            self._log.warning(f"{model.name}: its server holds {tokens:,} tokens a conversation,"
+                              f" ctx_size says {wanted:,}")
+        model.context = tokens
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -14718,26 +14855,24 @@ class Engine:
         if self._closing or model.cancelled:
             raise _Cancelled
 
-    @staticmethod
-    def _healthy(model: Model) -> bool:
+    def _healthy(self, model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
-        process, upstream = model.process, model.upstream
-        assert upstream is not None
-        path = model.proxy.health if model.proxy else "/health"
+        process = model.process
+        assert model.upstream is not None
+        path = "/health"
+        if model.proxy:
+            path = model.proxy.health
         try:
-            response, _ = upstream.get(path, 2.0)
+            response, _ = model.upstream.get(path, 2.0)
         except (OSError, ValueError):
             return False
         if response.status != 200 or process.poll() is not None:
             return False
-        pids = listeners(upstream.port)
-        # Windows has no groups, and not every system tells who listens.
-        if IS_WINDOWS or not pids:
-            return True
-        return any(_group_of(pid) == process.pid for pid in pids)
+        groups = self._listening_groups(model)
+        return not groups or process.pid in groups
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
@@ -14759,8 +14894,12 @@ class Engine:
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.bay = None, 0, None, None
-        model.cancelled = model.listening = False
+        model.process = None
+        model.upstream = None
+        model.bay = None
+        model.port = 0
+        model.cancelled = False
+        model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
 
@@ -14784,11 +14923,13 @@ class Engine:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
         with self._changed:
-            idle = [model for model in self.models.values() if model.is_idle]
-            for model in idle:
-                idle_s, ttl_s = now - model.last_used, model.tier.ttl
-                if model.process.poll() is not None:
-                    code = model.process.returncode
+            for model in self.models.values():
+                if not model.is_idle:
+                    continue
+                code = model.process.poll()
+                ttl_s = model.tier.ttl
+                idle_s = now - model.last_used
+                if code is not None:
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
                 elif ttl_s and idle_s > ttl_s:
@@ -14800,16 +14941,18 @@ class Engine:
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
         with self._changed:
-            was_short, self.pressure = bool(self.pressure), pressure
-            if bool(pressure) != was_short:
+            # Said once for as long as it lasts; its words change with each figure in them.
+            if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
-            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
-            if not pressure or not idle:
+            self.pressure = pressure
+            if not pressure:
                 return
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            model = min(idle, key=lambda m: m.last_used, default=None)
             # One goes a look: the next look sees what that has freed.
-            model = min(idle, key=lambda m: m.last_used)
-            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-            self._begin_stop(model)
+            if model is not None:
+                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+                self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -14858,11 +15001,14 @@ class Engine:
             for model in self.models.values():
                 if model.state == "stopped":
                     continue
+                url = ""
+                if model.upstream:
+                    url = model.upstream.url
                 rows.append({
                     "model": model.name,
                     "state": model.state,
                     "cmd": " ".join(model.command),
-                    "proxy": model.upstream.url if model.upstream else "",
+                    "proxy": url,
                     "ttl": model.tier.ttl,
                     "name": model.name,
                     "description": model.tier.description,
@@ -14873,36 +15019,46 @@ class Engine:
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
+        rows = {}
+        stopped = []
         with self._changed:
-            rows = {name: self._watched_row(model) for name, model in self.models.items()}
-            stopped = [m for m in self.models.values() if m.state == "stopped"]
+            for model in self.models.values():
+                rows[model.name] = self._watched_row(model)
+                if model.state == "stopped":
+                    stopped.append(model)
         # This looks at the disk, so not under the lock.
         for model in stopped:
             if not self._is_here(model):
-                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
+                row = rows[model.name]
+                row["state"] = "not here"
+                row["reason"] = fetching_words(model.tier)
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
         return {
             "models": rows,
-            "budget": round(self._budget_gb * 1e9),
+            "budget": round(self._plan.budget_gb * 1e9),
             "parked": parked,
             "pressure": self.pressure,
         }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
+        since = model.since
         row: Dict[str, Any] = {
             "state": STATE_WORDS[model.state],
             "reason": "",
             "loads": model.loads,
             "evictions": model.evictions,
             "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
-            "since": round(model.since + self._epoch),
         }
+        # A request that was answered since has shown that it loads.
         if model.state == "stopped" and model.failed_at > model.last_used:
+            why = load_failure_words(model.failure)
+            log = self._log_path(model.name)
             row["state"] = "failed to load"
-            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-            row["since"] = round(model.failed_at + self._epoch)
+            row["reason"] = f"{why} ({log})"
+            since = model.failed_at
+        row["since"] = round(since + self._epoch)
         if model.state == "starting":
             share = self._loaded(model)
             if share:
@@ -14932,7 +15088,8 @@ class MemoryWatch:
         self.machine = machine
         self._read = read
         self._before = read(machine.cuda)
-        self._pressure, self._calm = "", 0
+        self._pressure = ""
+        self._calm = 0                          # looks in a row that have found nothing
         self._stopped = threading.Event()
 
     def start(self, ease: Callable[[str], None]) -> None:
@@ -14951,7 +15108,9 @@ class MemoryWatch:
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
-        self._calm = 0 if found else self._calm + 1
+        self._calm += 1
+        if found:
+            self._calm = 0
         if found or self._calm >= self.CALM_LOOKS:
             self._pressure = found
         return self._pressure
@@ -14961,21 +15120,26 @@ class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
     def __init__(self, engine: Engine, log: Log, watch: Optional[MemoryWatch] = None) -> None:
-        self.engine, self.log = engine, log
+        self.engine = engine
+        self.log = log
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
         self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
-        machine = self._watch.machine._asdict() if self._watch else {}
-        return {**machine, "pressure": self.engine.pressure}
+        shown: Dict[str, Any] = {}
+        if self._watch:
+            shown = self._watch.machine._asdict()
+        shown["pressure"] = self.engine.pressure
+        return shown
 
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if time.monotonic() - self._last_rotation > 30:
-            self._last_rotation = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_rotation > 30:
+            self._last_rotation = now
             self.log.rotate()
             self.engine.tend_files()
 
@@ -15006,32 +15170,47 @@ class EngineApp(Behind):
         return self.engine.pace(name, tokens)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
-        return {"object": "list", "data": self._listing()}
+        entries = []
+        for tier in self.engine.config.tiers:
+            model = self.engine.find(tier.name)
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
+        return {"object": "list", "data": entries}
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
-        path, _, query = request.target.partition("?")
+        path, mark, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
         if path.startswith(_UPSTREAM):
             name, _, rest = path[len(_UPSTREAM):].partition("/")
-            target = "/" + rest
-            if query:
-                target += "?" + query
-            self._serve(client, request._replace(target=target), name, body, drop)
+            request = request._replace(target=f"/{rest}{mark}{query}")
+            self._serve(client, request, name, body, drop)
             return
-        name, stream = self._asked(body, query)
+        name = _asked_in(request.target)
+        stream = False
+        if body:
+            # A list is for /lora-adapters, whose model stands in the query.
+            values = dict_of(read_json(body))
+            stream = values.get("stream") is True
+            named = values.get("model")
+            if isinstance(named, str):
+                name = named
         if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
-        model = self.engine.find(name)
-        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if tier and is_alias and body and model and model.proxy:
-            body = b"".join(with_model(body, True, tier.name))
+        if body and tier and tier.backend == "litellm":
+            pieces = with_model(body, True, tier.name)
+            body = b"".join(pieces)
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -15043,9 +15222,12 @@ class EngineApp(Behind):
         if request.method == "POST":
             return self._unload(client, path)
         if path == "/health":
-            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+            whose = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, b"OK", _PLAIN, whose)
         elif path == "/ui" and self.page_url:
-            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
+            # llama-swap's page is here; ours is the router's.
+            where = f"Location: {self.page_url}\r\n"
+            client.reply(307, b"", _PLAIN, where.encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
             client.reply_json(listing)
@@ -15064,36 +15246,11 @@ class EngineApp(Behind):
             return True
         if not path.startswith(unload_all + "/"):
             return False
-        model = self.engine.lease(path[len(unload_all) + 1:]).model
-        self.engine.unload([model])
+        name = path[len(unload_all) + 1:]
+        ticket = self.engine.lease(name)
+        self.engine.unload([ticket.model])
         client.reply(200, b"OK", _PLAIN)
         return True
-
-    def _listing(self) -> List[Dict[str, Any]]:
-        entries = []
-        for tier in self.engine.config.tiers:
-            model = self.engine.find(tier.name)
-            if model is None:
-                continue
-            value = "unloaded"
-            if model.state == "ready":
-                value = "loaded"
-            entry = {**tier_entry(tier), "status": {"value": value}}
-            entries += [{**entry, "id": name} for name in tier.names]
-        return entries
-
-    @staticmethod
-    def _asked(body: bytes, query: str) -> Tuple[str, bool]:
-        """(model, whether a stream is wanted) of a request."""
-        if body:
-            try:
-                asked = json.loads(str(body, "utf-8"))
-            except (ValueError, RecursionError) as exc:
-                raise HttpError(400, f"the body is not JSON: {exc}") from None
-            if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-                return asked["model"], asked.get("stream") is True
-        from urllib.parse import parse_qs
-        return parse_qs(query).get("model", [""])[0], False
 
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
@@ -15124,8 +15281,19 @@ def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
 
 def server_port(row: Mapping[str, Any]) -> int:
     """The port of a model's server by its row of /running, 0 where that has none."""
-    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-    return int(found.group(1)) if found else 0
+    url = str(row.get("proxy"))
+    found = re.search(r":([0-9]{1,5})/?\Z", url)
+    if found is None:
+        return 0
+    return int(found[1])
+
+
+def ready_port(upstream: Upstream, name: str) -> int:
+    """The port of a model's server, 0 where that is not ready or not told."""
+    for row in running_rows(upstream) or ():
+        if row["model"] == name and row["state"] == "ready":
+            return server_port(row)
+    return 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
@@ -15134,12 +15302,6 @@ def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     if rows is None:
         return None
     return {row["model"]: row["state"] for row in rows}
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = running_rows(upstream) or ()
-    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -15161,13 +15323,17 @@ class SwapBays:
 
     def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
                  log: Log) -> None:
-        self._parking, self._identify, self._log = parking, identify, log
+        self._parking = parking
+        self._identify = identify
+        self._log = log
         self._tiers = {tier.name: tier for tier in tiers}
         self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Settling:
-        """A model's restoring, which is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Optional[Settling]:
+        """A model's restoring, which is begun where needed; None for what is never parked."""
+        if name not in self._tiers:
+            return None
         with self._lock:
             known = self._settling.get(name)
             if known is None:
@@ -15181,7 +15347,8 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            # The request that waits goes on, and the next one tries again.
+            # Without a bay the request that waits goes on, and the next one tries again. Meanwhile
+            # the model may have been stopped, and be loaded for another.
             with self._lock:
                 if settling.bay is None and self._settling.get(name) is settling:
                     del self._settling[name]
@@ -15191,29 +15358,34 @@ class SwapBays:
         tier = self._tiers[name]
         # A llama-server with --slot-save-path does not start without that directory.
         make_private_dir(self._parking.directory)
-        is_up = name in (running_states(swap) or {})
+        states = running_states(swap) or {}
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
         load_s = time.monotonic() - began
-        port = swap_ports(swap).get(name)
+        port = ready_port(swap, name)
         if not port:
             return None
         server = Upstream("127.0.0.1", port)
+        # llama-swap's servers have its key.
         server.key = swap.key
-        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-        if not is_up:
-            self._parking.speeds.note(bay.identity, name, "load", load_s)
+        identity = self._identify(tier)
+        bay = Bay(self._parking, tier, identity, server, self._log)
+        # One that was loaded already has answered at once, which says nothing of a load.
+        if name not in states:
+            self._parking.speeds.note(identity, name, "load", load_s)
+        # A server that has been asked already holds newer conversations than the files.
         if bay.fresh():
             bay.restore()
         return bay
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a model with a prompt of so many tokens."""
+        parking = self._parking
         settling = self._settling.get(name)
         if settling is not None and settling.bay is not None:
             return settling.bay.pace(tokens)
-        identity = self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def parked(self) -> List[Dict[str, Any]]:
         return self._parking.rows()
@@ -15242,7 +15414,9 @@ class SwapLease(Lease):
     def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
-        self._settling = bays.settle(model, upstream) if bays else None
+        self._settling: Optional[Settling] = None
+        if bays:
+            self._settling = bays.settle(model, upstream)
 
     def ready(self) -> bool:
         if self._settling is None:
@@ -15289,7 +15463,8 @@ class SwapApp(UpstreamApp):
             self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
         self._command = command(port)
-        self._env, self._output = env, output
+        self._env = env
+        self._output = output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -15306,8 +15481,9 @@ class SwapApp(UpstreamApp):
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
-        self._process = spawn(self._command, self._output, self._env)
-        self._mark = process_started(self._process.pid)
+        process = spawn(self._command, self._output, self._env)
+        self._process = process
+        self._mark = process_started(process.pid)
 
     def _healthy(self) -> bool:
         try:
@@ -15321,13 +15497,14 @@ class SwapApp(UpstreamApp):
         if self._bays:
             self._bays.save_when_due()
         code = self._process.poll()
-        due = time.monotonic() - self._started_s > self.RESTART_S
-        if code is None or self._closing or not due:
+        if code is None or self._closing:
+            return
+        if time.monotonic() - self._started_s < self.RESTART_S:
             return
         self.log.error(
             f"llama-swap has died (exit {code}); starting it again, see {self._output}")
         # The models that it has left hold the ports that it would give to others.
-        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        stop_members(stack_members(_mark_in(self._env)))
         if self._bays:
             self._bays.forget_all()
         try:
@@ -15367,22 +15544,23 @@ class SwapApp(UpstreamApp):
         return f"/upstream/{name}{target}"
 
     def pace(self, name: str, tokens: int) -> Pace:
-        if self._bays is None or name not in self._models or name == PROXY:
+        if self._bays is None:
             return Pace()
         return self._bays.pace(name, tokens)
 
     def lease(self, name: str) -> Lease:
+        # llama-swap says itself that it has no model of a name that is no tier's.
         model = self._models.get(name, name)
-        if model == PROXY or model not in self._models:
-            return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
-        if self._bays and request.method == "POST" and request.target.startswith(park):
-            self._bays.park(request.target[len(park):])
+        is_park = request.method == "POST" and request.target.startswith(park)
+        if self._bays and is_park:
+            name = request.target[len(park):]
+            self._bays.park(name)
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop)
@@ -15418,19 +15596,17 @@ def read_stack(places: Places) -> Optional[Record]:
     # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
-    return proven_record(str(copy.get("record", "")), places.work)
+    text = str(copy.get("record", ""))
+    return proven_record(text, places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
+    # Worktrees may share one .llmstack/; a daemon belongs to the one that it was started for.
     if not owned_process(record, places.work):
         return None
     return record
-
-
-def stack_is_alive(places: Places) -> bool:
-    return running_record(places) is not None
 
 
 def connectable(host: str) -> str:
@@ -15447,7 +15623,7 @@ def api_key(env: Mapping[str, str]) -> str:
     """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
-    if key and not (key.isascii() and key.isprintable()):
+    if not key.isascii() or not key.isprintable():
         raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
                         "set it to one plain line", 2)
     return key
@@ -15500,11 +15676,12 @@ def base_url(host: str, port: int) -> str:
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+    if is_loopback(host) or api_key(env):
         return
-    raise UserError(f"{host} can be reached by others, and no API key is set",
-                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                    " in models.ini", 2)
+    if not config.allow_unauthenticated:
+        raise UserError(f"{host} can be reached by others, and no API key is set",
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -15536,17 +15713,20 @@ def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
     if not program:
         return Binary(program)
     server = Binary(program, probe_flags(program, config, data))
-    if _can_park(config, server):
-        return server._replace(program=(*program, *parking_flags(data)))
-    return server
+    if not _can_park(config, server):
+        return server
+    words = (*program, *parking_flags(data))
+    return server._replace(program=words)
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if any(key in SERVER_OPTIONS for key in tier.settings):
-            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
+        if SERVER_OPTIONS.keys().isdisjoint(tier.settings):
+            continue
+        own = tier_config(config, tier)
+        found[tier.name] = swap_binary(own, env, data)
     return found
 
 
@@ -15565,7 +15745,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
     """
     found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
     for tier in local:
-        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        identity = speeds.identity_of(tier.name)
+        load_s = speeds.load_s(identity)
         if load_s:
             found[tier.name] = load_s * LOADED_GB_PER_S
     return found
@@ -15574,31 +15755,41 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = places.env, local_tiers(config)
-    server = swap_binary(config, env, places.data)
+    env = places.env
+    data = places.data
+    local = local_tiers(config)
+    server = swap_binary(config, env, data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        identity = probe_identity(tier, config, env, places.data)
+        identity = probe_identity(tier, config, env, data)
         tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
+    # What llama-swap runs before it stops a model: it asks our listener to park that.
     park: Tuple[str, ...] = ()
     if _can_park(config, server):
-        park = (*guest_command(sys.executable, "park"), str(config.engine_port))
+        port = str(config.engine_port)
+        park = (*guest_command(sys.executable, "park"), port)
+    quote = posix_quote
+    if IS_WINDOWS:
+        quote = windows_quote
     plan = SwapPlan(
-        config, server,
-        quote=windows_quote if IS_WINDOWS else posix_quote,
+        config,
+        server,
+        quote=quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.needs for fit in fits},
-        weights_gb=costly_gb(local, fits, Speeds(places.data)),
+        weights_gb=costly_gb(local, fits, Speeds(data)),
         budgets_gb=machine.budgets_gb,
         proxy=proxy,
-        own=own_binaries(config, env, places.data),
-        park=park)
-    write_atomic(path, render_llama_swap_yaml(plan))
+        own=own_binaries(config, env, data),
+        park=park,
+    )
+    text = render_llama_swap_yaml(plan)
+    write_atomic(path, text)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -15609,15 +15800,16 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     if find_llama_swap(env, data):
         return "llama-swap"
     if config.engine == "llama-swap":
+        folder = os.path.join(data, "bin")
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(data, "bin")
-                        + ", or set engine = auto")
+                        f"put its binary on PATH or in {folder}, or set engine = auto")
     return "embedded"
 
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
@@ -15628,9 +15820,11 @@ def check_plan(plan: Plan) -> None:
 
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
-    work = str(_read_json(owner_file(places.data)).get("work", ""))
-    other = places_at(places.data, work)
-    if not work or work == places.work or not stack_is_alive(other):
+    work = _read_json(owner_file(places.data)).get("work")
+    if not work or work == places.work:
+        return None
+    other = places_at(places.data, str(work))
+    if running_record(other) is None:
         return None
     return other
 
@@ -15660,10 +15854,10 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
     if not fits_machine(name, machine):
         need = PROFILES[name]
-        beside = ""
+        needed = f"{need.budget_gb:g} GB"
         if need.host_gb:
-            beside = f" on a card and {need.host_gb:g} GB beside it"
-        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
+            needed += f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {needed}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -15674,11 +15868,12 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
+    # A file that the user has named is not made up where it is missing: load_config says so.
+    if places.env.get("LLMSTACK_MODELS_INI") or os.path.exists(places.models_ini):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, places.env, places.data).decode("utf-8")
-    config, _ = parse_models_ini(text)
+    text = with_ultra(seed, places.env, places.data)
+    config, _ = parse_models_ini(text.decode("utf-8"))
     return config
 
 
@@ -15688,11 +15883,14 @@ def check_state(places: Places) -> None:
     Errors: UserError.
     """
     # An older version, or a clone, may have left these open to others.
-    close_to_others(places.data, places.state, places.in_state("logs"))
-    target = os.path.realpath(places.state)
+    state = places.state
+    close_to_others(places.data, state, places.in_state("logs"))
+    if not os.path.islink(state):
+        return
+    target = os.path.realpath(state)
     # A link to another project's .llmstack is how worktrees share one.
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
-        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+    if os.path.basename(target) != ".llmstack":
+        raise UserError(f"{state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
 
@@ -15719,16 +15917,12 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def _stack_name(places: Places) -> str:
+def _stack_words(places: Places) -> Tuple[str, str]:
+    """What another project's stack is called, and what ends it."""
     if places.is_demo:
-        return "another llmstack (the demo)"
-    return f"another llmstack ({places.work})"
-
-
-def _stop_advice(places: Places) -> str:
-    if places.is_demo:
-        return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {places.work} ends it"
+        return "another llmstack (the demo)", "`llmstack stop --demo` ends it"
+    work = places.work
+    return f"another llmstack ({work})", f"`llmstack stop` in {work} ends it"
 
 
 def _listening_stack(data: str, port: int) -> Optional[Places]:
@@ -15756,11 +15950,13 @@ def _refuse_second_stack(places: Places) -> None:
     if owner is None:
         return
     record = read_stack(owner)
-    assert record is not None                   # it is alive
+    # It may have ended since it was found alive.
+    if record is None:
+        return
+    name, advice = _stack_words(owner)
     url = base_url(record.host, record.port)
-    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
-                    f"`llmstack install --external {url}` uses it from here,"
-                    f" {_stop_advice(owner)}")
+    raise UserError(f"{name} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here, {advice}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -15781,19 +15977,20 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
             continue
         other = _listening_stack(places.data, port)
         if other is not None:
-            holder = _stack_name(other)
-            advice.append(_stop_advice(other))
+            holder, ending = _stack_words(other)
+            advice.append(ending)
         else:
             holder = port_holder(port)
             keys.append(key)
         holders.setdefault(holder, []).append(str(port))
+    if not holders:
+        return
     if keys:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
-    if holders:
-        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        # Two ports of one stack need its advice once.
-        once = dict.fromkeys(advice)
-        raise UserError("; ".join(held), "; ".join(once))
+    held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+    # Two ports of one stack need its advice once.
+    once = dict.fromkeys(advice)
+    raise UserError("; ".join(held), "; ".join(once))
 
 
 def stack_lock(places: Places, tell: Say = say) -> FileLock:
@@ -15809,15 +16006,18 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if (record.host, record.port) != (plan.host, plan.port):
+    host = plan.host
+    port = plan.port
+    if (record.host, record.port) != (host, port):
         url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
-                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
+                        f"run `llmstack restart --host {host} --port {port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     wanted = {
         "router_port": (plan.host, plan.port),
         "engine_port": ("127.0.0.1", config.engine_port),
@@ -15836,7 +16036,8 @@ def program_name(program: Sequence[str]) -> str:
 
 
 def _say_started(plan: Plan) -> None:
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     proxy = plan_proxy(places, config, places.env)
     engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
@@ -15862,17 +16063,18 @@ def _take_down(places: Places) -> int:
     if record is not None:
         stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
     # What a crash has left has no record any more, but its mark.
-    stopped += stop_project_members(places.work)
+    stopped += stop_members(project_members(places.work))
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
-    if _read_json(owner_file(places.data)).get("work") == places.work:
-        _remove(owner_file(places.data))
+    copy = owner_file(places.data)
+    if _read_json(copy).get("work") == places.work:
+        _remove(copy)
     return stopped
 
 
 def _daemon_command(plan: Plan) -> List[str]:
-    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-             "--engine", plan.kind]
+    words = [sys.executable, PROGRAM, "_daemon"]
+    words += ["--host", plan.host, "--port", str(plan.port), "--engine", plan.kind]
     if plan.channel == "next":
         words.append("--next")
     return words
@@ -15884,18 +16086,26 @@ def _start_daemon(plan: Plan) -> None:
     log = places.log("router.log")
     log_bytes = file_size(log)
     blank = Record(
-        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-        plan.config.engine_port)
+        pid=0,
+        started="",
+        stack=new_mark(places.work),
+        host=plan.host,
+        port=plan.port,
+        kind=plan.kind,
+        channel=plan.channel,
+        engine_port=plan.config.engine_port,
+    )
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
         "LLMSTACK_DATA_DIR": places.data,
         "LLMSTACK_MODELS_INI": places.models_ini,
     }
-    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
+    path = pid_file(places)
+    process, record = spawn_recorded(_daemon_command(plan), log, env, path, blank)
     try:
         # The copy is what finds the daemon when .llmstack is deleted under it.
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
+        copy = {"work": places.work, "record": read_text(path)}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -15937,8 +16147,9 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
 
     Errors: UserError.
     """
+    router = router_upstream(record, env)
     try:
-        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+        response, body = router.get("/llmstack/reload", 10.0, "POST")
     except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
@@ -15993,8 +16204,8 @@ def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     states = {}
     for name, row in asked_json(upstream, "/llmstack/state").items():
         if isinstance(row, dict):
-            texts = {key: value for key, value in row.items() if isinstance(value, str)}
-            states[name] = texts
+            values = row.items()
+            states[name] = {key: value for key, value in values if isinstance(value, str)}
     return states
 
 
@@ -16007,7 +16218,8 @@ def _tier_row(tier: Tier, known: Tuple[str, Any],
     # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier)
-        state, since_s = told.get("state", "unknown"), None
+        state = told.get("state", "unknown")
+        since_s = None
     return {
         "name": tier.name,
         "role": tier.role,
@@ -16035,13 +16247,15 @@ _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
     """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
     row["missing"] = list(missing)
+    state = row["state"]
     # The router calls a hosted tier available; whether its proxy is up, the engine knows.
-    if row["state"] == "available":
-        state, row["since_s"] = proxy
-        row["state"] = _PROXY_WORDS.get(state, state)
+    if state == "available":
+        word, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(word, word)
     # A worse reason than a missing credential stays.
-    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-    if missing and not settled:
+    if state in ("failing", "local_only") or "LiteLLM" in row["reason"]:
+        return
+    if missing:
         row["state"] = "no credential"
         row["reason"] = f"missing {', '.join(missing)}"
 
@@ -16054,39 +16268,37 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-class _Told(NamedTuple):
-    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+def _hosted_states(config: Config, router: Optional[Upstream],
+                   env: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+    """What a router tells of its tiers; without one, which hosted tiers have no credential."""
+    if router is not None:
+        return _router_states(router)
+    lacking = missing_credentials(config, env)
+    return {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
 
-    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
-    otherwise: str                              # the state of one that the engine does not name
-    hosted: Dict[str, Dict[str, str]]           # by the router
 
+def _tier_rows(places: Places, config: Config, router: Optional[Upstream],
+               engine: Optional[Upstream], env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`, of what router and engine tell where they answer.
 
-def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
-               engine: Optional[Upstream]) -> _Told:
-    states, otherwise = {}, "unknown"
+    `env`: that of the daemon, whose credentials count.
+    """
+    states: Dict[str, Tuple[str, Any]] = {}
+    unnamed = ("unknown", None)
     if engine is not None:
         states = _engine_states(engine) or {}
-        otherwise = "stopped"
-    if router is not None:
-        hosted = _router_states(router)
-    else:
-        lacking = missing_credentials(config, places.env)
-        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
-    return _Told(states, otherwise, hosted)
-
-
-def _tier_rows(places: Places, config: Config, told: _Told,
-               env: Mapping[str, str]) -> List[Dict[str, Any]]:
-    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+        # An engine names only what is loaded.
+        unnamed = ("stopped", None)
+    hosted = _hosted_states(config, router, places.env)
     lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
-    proxy = told.states.get(PROXY, ("", None))
+    proxy = states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
         name = tier.name
-        known = told.states.get(name, (told.otherwise, None))
-        row = _tier_row(tier, known, told.hosted.get(name, {}))
+        known = states.get(name, unnamed)
+        told = hosted.get(name, {})
+        row = _tier_row(tier, known, told)
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
@@ -16146,8 +16358,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
     config = config.on_channel(rows["channel"] or "")
-    told = _ask_tiers(places, config, router, engine)
-    rows["tiers"] = _tier_rows(places, config, told, env)
+    rows["tiers"] = _tier_rows(places, config, router, engine, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
@@ -16550,20 +16761,32 @@ def span_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def progress_words(have: int, size: int, rate: float) -> str:
+def progress_words(have: float, size: float, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
-    unit, name = 1e6, "MB"
+    unit = 1e6
+    name = "MB"
     if size >= 1e9:
-        unit, name = 1e9, "GB"
-    if not size:
-        return f"{have / unit:,.1f} {name}"
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
-    if rate <= 0:
+        unit = 1e9
+        name = "GB"
+    words = f"{have / unit:,.1f}"
+    if size:
+        words += f" of {size / unit:,.1f}"
+    words += f" {name}"
+    if not size or rate <= 0:
         return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    left_s = (size - have) / rate
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words(left_s)} left"
 
 
-_QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+# What is known of a job once it has begun.
+_QUEUE_VALUES = {
+    "part": str,
+    "error": str,
+    "hint": str,
+    "before": int,
+    "total": int,
+    "bytes": int,
+}
 UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
 
@@ -16581,36 +16804,43 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     for name, row in _read_json(queue_file(places)).items():
         row = dict_of(row)
         job = parse_job(row)
-        state = row.get("state")
-        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
+        if job is None or job.name != name:
             continue
-        jobs[name] = {**job._asdict(), "state": state}
+        if row.get("state") not in UNFINISHED + _ENDED:
+            continue
+        known = {"state": row["state"]}
         for key, kind in _QUEUE_VALUES.items():
             # A bool is an int, too.
             if type(row.get(key)) is kind:
-                jobs[name][key] = row[key]
+                known[key] = row[key]
+        jobs[name] = {**job._asdict(), **known}
     return jobs
 
 
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if owned_process(record, places.project) else None
+    if not owned_process(record, places.project):
+        return None
+    return record
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker = download_worker(places)
-    cache = hub_cache_dir(os.environ)
+    cache = hub_cache_dir(places.env)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
         if worker is None and state in UNFINISHED:
             state = "interrupted"
-        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
-        part = os.path.basename(job.get("part", "")) + ".incomplete"
-        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
-        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        have = job.get("bytes", 0)
+        if not have:
+            # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
+            part = os.path.basename(job.get("part", ""))
+            folder = repo_dir(cache, job["repo"])
+            path = os.path.join(folder, "blobs", f"{part}.incomplete")
+            have = job.get("before", 0) + file_size(path)
         rows.append({
             "tier": job["tier"],
             "label": job["label"],
@@ -17074,9 +17304,7 @@ STATE_COLOURS = {
 
 
 def value_in(row: Any, key: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    return row.get(key)
+    return dict_of(row).get(key)
 
 
 def text_in(row: Any, key: str) -> str:
@@ -17088,16 +17316,17 @@ def text_in(row: Any, key: str) -> str:
 
 def number_in(row: Any, key: str) -> float:
     value = value_in(row, key)
+    # JSON as Python reads it knows NaN and Infinity, too.
     if isinstance(value, (int, float)) and 0 <= value < 1e15:
         return float(value)
     return 0.0
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
-    value = row.get(key)
-    if not isinstance(value, list):
+    values = row.get(key)
+    if not isinstance(values, list):
         return []
-    return [v for v in value if isinstance(v, dict)]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def rate_words(per_s: float) -> str:
@@ -17111,33 +17340,39 @@ def rate_words(per_s: float) -> str:
 
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
-    tokens = int(tokens)
+    # Local models are made for powers of two, hosts count in thousands.
     if tokens % 1024 == 0:
-        return f"{tokens // 1024}k"
+        return f"{tokens / 1024:.0f}k"
     if tokens >= 1000:
         return f"{tokens / 1000:.0f}k"
-    return str(tokens)
+    return f"{tokens:.0f}"
+
+
+def _since_words(then_s: float, now_s: float) -> str:
+    """How long ago something was; another machine's clock may be ahead of ours."""
+    return span_words(max(now_s - then_s, 0))
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     stages, waiting_since = [], []
     for request in dicts_in(now, "requests"):
-        stage = text_in(request, "stage")
         if text_in(request, "tier") != name:
             continue
+        stage = text_in(request, "stage")
         if stage.startswith(("writing", "reading")):
             stages.append(stage)
         else:
             waiting_since.append(number_in(request, "began"))
     words = []
+    # Of a single request it is known how much of its prompt is read.
     if len(stages) == 1 and "%" in stages[0]:
-        words.append(stages[0])
+        words += stages
     elif stages:
         words.append(f"{len(stages)} answering")
     if waiting_since:
-        longest_s = max(now_s - min(waiting_since), 0)
-        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
+        longest = _since_words(min(waiting_since), now_s)
+        words.append(f"{len(waiting_since)} waiting, {longest}")
     return words
 
 
@@ -17155,16 +17390,19 @@ class TierLine(NamedTuple):
 
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
-    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, share = number_in(row, "since"), number_in(row, "share")
-    ago = span_words(max(now_s - since_s, 0))
+    name = text_in(row, "name")
+    state = text_in(row, "state")
+    note = text_in(row, "reason")
+    since_s = number_in(row, "since")
+    share = number_in(row, "share")
+    ago = _since_words(since_s, now_s)
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
-    words = _occupation(name, now, now_s)
     if state == "loading" and share:
         state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
+    words = _occupation(name, now, now_s)
     if note:
         words.append(note)
     return TierLine(
@@ -17179,7 +17417,14 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_LEFT_OUT = (
+    ("role", 22),
+    ("model", 0),
+    ("speed", 0),
+    ("context", 0),
+    ("memory", 0),
+    ("size", 0),
+)
 _RIGHT = ("context", "memory", "speed", "size")
 _GAP = "  "
 
@@ -17202,11 +17447,23 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
 def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
     """Column -> how wide it is, its gap with it, of those that say something."""
     widths = {}
+    # The last field is the note.
     for name in rows[0]._fields[:-1]:
         most = max(len(getattr(row, name)) for row in rows)
         if most:
             widths[name] = most + len(_GAP)
     return widths
+
+
+def _cell(text: str, column: str, width: int, colour: Colour) -> str:
+    """A text as wide as its column, whose gap is not part of that."""
+    # A colour takes no room, so the padding is measured before.
+    padding = " " * (width - len(_GAP) - len(text))
+    if column == "state":
+        text = colour(text, _state_colour(text))
+    if column in _RIGHT:
+        return padding + text
+    return text + padding
 
 
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
@@ -17226,16 +17483,14 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
         cells = []
         for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (columns - len(_GAP) - len(text))
-            if column == "state":
-                text = colour(text, _state_colour(text))
-            cells.append(padding + text if column in _RIGHT else text + padding)
-        if row.note and len(row.note) <= room:
-            cells.append(row.note)
-            shown.append(_GAP.join(cells))
-            continue
-        shown.append(_GAP.join(cells).rstrip())
-        shown += wrapped_lines("    " + row.note, width, "    ")
+            cells.append(_cell(text, column, columns, colour))
+        note = row.note
+        if note and len(note) <= room:
+            cells.append(note)
+            note = ""
+        line = _GAP.join(cells)
+        shown.append(line.rstrip())
+        shown += wrapped_lines("    " + note, width, "    ")
     return shown
 
 
@@ -17244,27 +17499,32 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
+    # What the model has counted, else what the router has estimated.
     tokens = number_in(row, "truth") or number_in(row, "tokens")
     read = f"{tokens:,.0f} tokens"
-    cached, ended = number_in(row, "cached"), text_in(row, "ended")
+    cached = number_in(row, "cached")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
+    ended = text_in(row, "ended")
     if ended != "done":
         words.append(ended)
-    ago_s = max(now_s - number_in(row, "time"), 0)
-    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
+    took_s = number_in(row, "total_s")
+    words.append(f"{took_s:.1f} s")
+    ago = _since_words(number_in(row, "time"), now_s)
+    words.append(f"{ago} ago")
     return "last  " + ", ".join(words)
 
 
 def _stack_facts(now: Mapping[str, Any]) -> List[str]:
     """What there is to say of the whole stack."""
-    about, memory = now.get("about"), now.get("memory")
+    about = now.get("about")
+    memory = now.get("memory")
     facts = []
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    budget_gb = number_in(memory, "budget") / 1e9
+    if budget_gb:
+        taken_gb = number_in(memory, "resident") / 1e9
+        facts.append(f"memory {taken_gb:.1f} of {budget_gb:.1f} GB")
     pressure = text_in(memory, "pressure")
     if pressure:
         facts.append(f"{pressure}: idle models are unloaded")
@@ -17282,29 +17542,36 @@ def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
         state = text_in(row, "state")
         if state == "done":
             continue
-        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-        how = text_in(row, "error") or progress_words(have, size, 0)
-        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+        how = text_in(row, "error")
+        if not how:
+            size = number_in(row, "total_bytes")
+            how = progress_words(number_in(row, "bytes"), size, 0)
+        tier = text_in(row, "tier")
+        label = text_in(row, "label")
+        line = f"Download {tier}-{label}: {state}, {how}"
+        lines += wrapped_lines(line, width, "  ")
     return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    up, facts = f"up  {url}/v1", _stack_facts(now)
-    painted = colour("up", "32") + up[len("up"):]
-    lines = ["    ".join([painted, *facts])]
-    if len("    ".join([up, *facts])) > width:
-        lines = [painted]
+    up = f"up  {url}/v1"
+    facts = _stack_facts(now)
+    lines = ["    ".join([up, *facts])]
+    if len(lines[0]) > width:
+        lines = [up]
         for fact in facts:
             lines += wrapped_lines(fact, width, "  ")
+    # Last, for a colour has a length and takes no room.
+    lines[0] = lines[0].replace("up", colour("up", _GREEN), 1)
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
+        last = _last_words(decisions[-1], now_s)
+        lines += wrapped_lines(last, width, "      ")
     return lines
 
 
@@ -17316,20 +17583,16 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # there is to say goes to the logs.
 
 
-class Unserved:
-    """Says of a later configuration which tiers the engine does not serve, and why."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
-
-    def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._plan.places
-        found = unserved_hosted(places, config, places.env)
-        for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in self._known:
-                found[tier.name] = "the engine does not know it before `llmstack restart`"
-        return found
+def unserved_tiers(plan: Plan, config: Config) -> Dict[str, str]:
+    """Tiers of a later configuration that the engine does not serve -> why."""
+    places = plan.places
+    found = unserved_hosted(places, config, places.env)
+    # The engine has nothing to do with tiers of another host.
+    known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
+    for tier in config.tiers:
+        if tier.backend != "openai" and tier.name not in known:
+            found[tier.name] = "the engine does not know it before `llmstack restart`"
+    return found
 
 
 def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
@@ -17337,7 +17600,8 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
     record: Optional[Recorder] = None
     if plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
+        path = places.log("decisions.jsonl")
+        record = Recorder(path)
     remedy = "run `llmstack start`"
     if places.is_demo:
         remedy = "run `llmstack start --demo`"
@@ -17346,7 +17610,9 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, log.warning).on_channel(plan.channel)
+        config = load_config(places, log.warning)
+        # A new file does not change what runs: that takes a restart.
+        config = config.on_channel(plan.channel)
         return true_config(config, places, log.warning)
 
     setting = Setting(
@@ -17354,21 +17620,23 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         key=api_key(places.env),
         models_ini=places.models_ini,
         reload=reload,
-        unserved=Unserved(plan),
+        unserved=functools.partial(unserved_tiers, plan),
         remedy=remedy,
         env=places.env,
         record=record,
         foreign_logs=(places.log("llama-swap.log"),),
     )
     app = RouterApp(plan.config, behind, log, setting)
-    app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    # The page shows downloads; the router itself knows nothing of them.
+    sources = app.events.sources
+    sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
-def listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Server:
     """A listening server. Errors: UserError, who has the port."""
     try:
-        return make_server(host, port, app)
+        return Server(host, port, app)
     except OSError as exc:
         # Who holds the port helps more than the number of the error.
         holder = exc.strerror
@@ -17382,8 +17650,12 @@ class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
 
 
-def _on_signals(hangup: Callable[[], None],
-                shutdown: Callable[[], None] = lambda: None) -> None:
+def _nothing() -> None:
+    """What a signal sets off where there is nothing to do."""
+
+
+def _on_signals(hangup: Callable[[], None] = _nothing,
+                shutdown: Callable[[], None] = _nothing) -> None:
     """TERM ends the server loop; HUP ends nothing.
 
     A terminal that closes takes no daemon with it.
@@ -17401,12 +17673,12 @@ def _on_signals(hangup: Callable[[], None],
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Server, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
     # Once a second the loop also does the housekeeping of its application.
     try:
-        server.serve_forever(1.0)
+        server.serve_forever()
     finally:
         app.log.flush()
         server.server_close()
@@ -17424,7 +17696,9 @@ def _ignore_signals() -> None:
 
 def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that do not ask the router."""
-    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+    others = dict(env)
+    others.pop("LLMSTACK_API_KEY", None)
+    return others
 
 
 class ServerCommands:
@@ -17432,8 +17706,11 @@ class ServerCommands:
 
     def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
                  parks: bool) -> None:
-        self._data, self._config, self._log = places.data, config, log
-        self._drafts, self._parks = drafts, parks
+        self._places = places
+        self._config = config
+        self._log = log
+        self._drafts = drafts
+        self._parks = parks
         self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
         self._probing = threading.Lock()
 
@@ -17443,20 +17720,26 @@ class ServerCommands:
         Errors: UserError.
         """
         with self._probing:
-            if server not in self._refused:
-                refused = probe_flags(server, self._config, self._data)
+            refused = self._refused.get(server)
+            if refused is None:
+                refused = probe_flags(server, self._config, self._places.data)
                 self._refused[server] = refused
                 for said in refused_settings(self._config, refused):
                     self._log.warning(said)
-            return self._refused[server]
+            return refused
 
     def __call__(self, tier: Tier, port: int) -> List[str]:
         """Errors: UserError."""
-        config, data = self._config, self._data
-        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        config = self._config
+        env = self._places.env
+        data = self._places.data
+        # A tier may name a llama-server of its own.
+        own = tier_config(config, tier)
+        server = find_llama_server(own, env, data)
         refused = self._refused_by(server)
-        identity = probe_identity(tier, config, os.environ, data)
-        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        identity = probe_identity(tier, config, env, data)
+        ready = ready_tier(tier, env)
+        ready = self._drafts.choose(tier, ready, identity)
         words = server_command(server, ready, config, port, refused)
         if self._parks and "--slot-save-path" not in refused:
             words += parking_flags(data)
@@ -17465,41 +17748,69 @@ class ServerCommands:
 
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
+    env = places.env
+    data = places.data
+    program = find_llama_server(config, env, data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ)
+    fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
+    parking = open_parking(data, config, log)
     parks = parking is not None and parking.parks
     command = ServerCommands(places, config, log, drafts, parks)
 
     def log_path(name: str) -> str:
         return places.log(f"{name}.log")
 
+    budget = f"{machine.budget_gb:.1f} GB ({machine.source})"
     server = " ".join(program) or "no"
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    log.info(f"memory budget {budget}, {server} server")
     plan = EnginePlan(
-        env=_without_our_key(os.environ),
+        env=_without_our_key(env),
         budget_gb=machine.budget_gb,
         fits=fits,
-        proxy=plan_proxy(places, config, os.environ),
+        proxy=plan_proxy(places, config, env),
         parking=parking,
         budgets_gb=machine.budgets_gb,
     )
     engine = Engine(config, command, log, log_path, plan)
-    return EngineApp(engine, log, MemoryWatch(machine))
+    watch = MemoryWatch(machine)
+    return EngineApp(engine, log, watch)
+
+
+def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> Optional[SwapBays]:
+    """The parking of llama-swap's models; None where there can be none. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    parking = open_parking(data, config, log)
+    if parking is None or not program:
+        return None
+    server = Binary(program, probe_flags(program, config, data))
+    if not _can_park(config, server):
+        return None
+
+    def identify(tier: Tier) -> str:
+        own = tier_config(config, tier)
+        program = find_llama_server(own, env, data)
+        ready = _ready_for_swap(tier, env)
+        refused = probe_flags(program, config, data)
+        # A port makes no difference to what is parked.
+        words = server_command(program, ready, config, 0, refused)
+        weights = weights_for(tier)
+        return parking_identity(words, cached_model(weights, env), env)
+
+    return SwapBays(parking, local_tiers(config), identify, log)
 
 
 def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data = places.data
-    env = _without_our_key(os.environ)
+    env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env)
     if proxy:
+        # llama-swap hands its own environment down to LiteLLM.
         env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    # llama-swap's key, and that of its servers.
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()
+    data = places.data
     path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
@@ -17508,48 +17819,39 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
 
     for said in refused_notes(config, env, data):
         log.warning(said)
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
-    def identify(tier: Tier) -> str:
-        own = find_llama_server(tier_config(config, tier), env, data)
-        ready = _ready_for_swap(tier, env)
-        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
-        return parking_identity(words, cached_model(weights_for(tier), env), env)
-
-    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
-        bays = SwapBays(parking, local_tiers(config), identify, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
-
-
-def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
-    """What is behind the router. Errors: UserError."""
-    if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, log, drafts)
-    return _embedded_app(plan.places, plan.config, log, drafts)
+    bays = _swap_bays(data, config, env, log)
+    output = places.log("llama-swap.log")
+    return SwapApp(config, command, env, log, output, bays)
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    drafts = Drafts(plan.places.data, engine_log)
-    behind = _engine_app(plan, engine_log, drafts)
+    places = plan.places
+    config = plan.config
+    drafts = Drafts(places.data, engine_log)
+    make_engine: Callable[..., Behind] = _embedded_app
+    if plan.kind == "llama-swap":
+        make_engine = _swap_app
+    behind = make_engine(places, config, engine_log, drafts)
     app = router_app(plan, behind, log)
-    app.events.hearers.append(drafts.hear)
-    app.events.sources.append(lambda: {"drafting": drafts.said()})
+    events = app.events
+    events.hearers.append(drafts.hear)
+    events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         # From here on there are children to end.
-        _on_signals(lambda: None)
-        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        _on_signals()
+        engine_server = listen("127.0.0.1", config.engine_port, behind)
         server = listen(plan.host, plan.port, app)
-        behind.page_url = base_url(plan.host, server.server_port) + "/"
+        # Where any port will do, it is known only now.
+        page = base_url(plan.host, server.server_port)
+        behind.page_url = f"{page}/"
         behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
+        in_background("engine", engine_server.serve_forever)
         log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
         run_until_signal(server, app)
     finally:
         _ignore_signals()
+        # Here the models are parked and end; it may take as long as the slowest.
         behind.close()
 
 
