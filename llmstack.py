@@ -14177,8 +14177,8 @@ class Bay:
 # listener's loop unloads once a second what was idle for its ttl; MemoryWatch has a thread, and
 # unloads what is idle while memory is short.
 #
-# One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
-# No server is asked and no process waited for under it. While a model is "starting" or "stopping"
+# One lock, Engine._lock, guards the models and the queue; who waits for either waits on _changed,
+# its condition. No server is asked and no process waited for under it. While a model is "starting" or "stopping"
 # its process belongs to that thread: others may only set `cancelled`.
 
 
@@ -14407,12 +14407,12 @@ class Engine:
             self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.wait(seconds)
 
     def stage(self, ticket: Ticket) -> str:
         """What a ticket waits for, in words."""
-        with self._changed:
+        with self._lock:
             model, name = ticket.model, ticket.model.name
             if model.state == "starting":
                 return self._loading_stage(model)
@@ -14478,13 +14478,13 @@ class Engine:
 
     def enqueue(self, model: Model) -> Ticket:
         """A ticket that queues before its model has been looked at."""
-        with self._changed:
+        with self._lock:
             ticket = Ticket(self, model)
             self._queue(ticket)
             return ticket
 
     def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
@@ -14607,7 +14607,7 @@ class Engine:
             self._log.error(traceback.format_exc())
             self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def _bring_up(self, model: Model) -> None:
@@ -14623,7 +14623,7 @@ class Engine:
             pid = model.process.pid
             speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
-        with self._changed:
+        with self._lock:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
             asked = model.since
@@ -14667,7 +14667,7 @@ class Engine:
         return back_s / (1 + idle_minutes)
 
     def _give_up(self, model: Model, why: str) -> None:
-        with self._changed:
+        with self._lock:
             model.failure = why
             model.failed_at = time.monotonic()
         self._stop(model)
@@ -14752,7 +14752,7 @@ class Engine:
 
     def _spawn_server(self, model: Model, log: str) -> int:
         """Start a model's server; its port. Errors: LoadError, _Cancelled."""
-        with self._changed:
+        with self._lock:
             port = self._choose_port(model)
             upstream = Upstream("127.0.0.1", port)
             model.port = port
@@ -14760,7 +14760,7 @@ class Engine:
         try:
             # This may ask the binary about its flags, so not under the lock.
             model.command, env = self._server_start(model, upstream)
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
                 process = spawn(model.command, log, env)
                 model.process = process
@@ -14790,7 +14790,7 @@ class Engine:
         may_download = not model.proxy and not weights_for(model.tier).path
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model):
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
             code: Optional[int] = model.process.poll()
             if code is not None:
@@ -14888,7 +14888,7 @@ class Engine:
                 if self._closing:
                     break
             process.poll()
-        with self._changed:
+        with self._lock:
             self._forget(model)
 
     def _forget(self, model: Model) -> None:
@@ -14906,7 +14906,7 @@ class Engine:
     def unload(self, models: Iterable[Model]) -> None:
         """Stop models because the user says so, busy or loading; returns when they are gone."""
         chosen = list(models)
-        with self._changed:
+        with self._lock:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
@@ -14922,7 +14922,7 @@ class Engine:
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
-        with self._changed:
+        with self._lock:
             for model in self.models.values():
                 if not model.is_idle:
                     continue
@@ -14940,7 +14940,7 @@ class Engine:
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
-        with self._changed:
+        with self._lock:
             # Said once for as long as it lasts; its words change with each figure in them.
             if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
@@ -14983,20 +14983,20 @@ class Engine:
 
     def close(self) -> None:
         """Stop everything, for good."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify_all()
         self.unload(self.models.values())
 
     def upstreams(self) -> List[Upstream]:
         """Of the models that are loaded or loading."""
-        with self._changed:
+        with self._lock:
             return [m.upstream for m in self.models.values() if m.upstream is not None]
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         rows = []
-        with self._changed:
+        with self._lock:
             now = time.monotonic()
             for model in self.models.values():
                 if model.state == "stopped":
@@ -15021,7 +15021,7 @@ class Engine:
         """The models and the budget, as Behind.watched() tells them."""
         rows = {}
         stopped = []
-        with self._changed:
+        with self._lock:
             for model in self.models.values():
                 rows[model.name] = self._watched_row(model)
                 if model.state == "stopped":
