@@ -54,8 +54,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier
-    SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
-    PROJECTS             channel markers, and which projects are trusted
+    SYSTEM EDGE          directories, atomic writes, memory, logs, what differs between platforms
+    PROJECTS             a project's configuration, its channel, and whether it is trusted
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
@@ -73,7 +73,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            the queue of models from the hub, and its worker
-    SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
+    SHELL                the shell of `start`, and the hooks' answers
     STATUS               what runs, as people read it
     DAEMON               engine, router and their servers put together, until a signal
     COMMANDS             what each command does, the table of them, and main()
@@ -5981,8 +5981,13 @@ def split_parts(file: str) -> Tuple[str, ...]:
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts no
-# process that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. What a project is has its place here (find_places), and how much
+# memory its models may take (this_machine). It may touch the disk and run small system programs; it
+# starts no process that stays, opens no socket and knows nothing of a stack.
+
+# How a line is said to the user, and a yes or no asked for; None where nobody is there.
+Say = Callable[[str], None]
+Ask = Callable[[str], Optional[bool]]
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -7047,6 +7052,15 @@ class Progress:
         self._shown = ""
 
 
+# ==================================================================================================
+# PROJECTS
+# ==================================================================================================
+# The room of what a project says of itself: its configuration (load_config), its channel (Marker),
+# and whether its files may take effect: what is new is shown (trust_facts), asked about
+# (offer_trust) or refused (check_run_trust). It reads and writes below .llmstack/ and in
+# trust.json, and starts nothing.
+
+
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
     path = places.models_ini
@@ -7097,13 +7111,6 @@ def ini_line(places: Places, section: str, key: str) -> str:
     reader = IniReader(decode_models_ini(data, source), source)
     line = reader.line_of(section, key) or reader.line_of(section)
     return f"{source}:{line}"
-
-
-# ==================================================================================================
-# PROJECTS
-# ==================================================================================================
-# The room of what a project says of itself: its channel, and whether its files may take effect. It
-# reads and writes below .llmstack/ and in trust.json, and starts nothing.
 
 
 class Marker(NamedTuple):
@@ -7333,6 +7340,154 @@ def _remember(places: Places, name: str, data: bytes) -> None:
         written = _known(places, "written")
         written[name] = _digest(data)
         _note(places, "written", written)
+
+
+def untrusted_line(places: Places) -> str:
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
+
+
+def check_run_trust(places: Places) -> None:
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
+    if is_trusted(places, "run"):
+        return
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
+        new = untrusted(places, "run", part_effects(places, "run"))
+    if not new:
+        return
+    for effect in new:
+        if effect.problem:
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    what = visible(", ".join(effect.name for effect in new))
+    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                    f" programs, addresses or other files are named by {what}",
+                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+
+
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
+# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
+# hook) is what a clone would use.
+_HARMLESS = tuple(tuple(path.split()) for path in (
+    "$schema",
+    "autoupdate",
+    "disabled_providers",
+    "provider * name",
+    "provider * options headerTimeout",
+    "provider * options chunkTimeout",
+    "provider * models * name",
+    "provider * models * limit",
+    "provider * models * cost",
+    "provider * models * reasoning",
+    "provider * models * tool_call",
+    "provider * models * temperature",
+    "agent * description",
+    "agent * mode",
+    "agent * temperature",
+    "command * description",
+    "command * agent",
+))
+
+
+def _is_harmless(path: Sequence[str], value: Any) -> bool:
+    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
+    if value in ("deny", "disabled"):
+        return True
+    for known in _HARMLESS:
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
+            return True
+    return False
+
+
+def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _harmful_values(inner, (*path, str(key)))
+    elif not _is_harmless(path, value):
+        text = value if isinstance(value, str) else json.dumps(value)
+        yield ".".join(("opencode.json", *path)), text
+
+
+SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
+
+
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    name = "litellm_config.yaml"
+    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
+    rows = [(name, line) for line in lines[:SHOWN_LINES]]
+    more = len(lines) - len(rows)
+    if more:
+        rows.append((name, f"and {more} more lines"))
+    return rows
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    """(what it is, its value) of what a thing to be trusted would do."""
+    name = effect.name
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    text = effect.data.decode("utf-8", "replace")
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name != "opencode.json":
+        return [(name, f"{len(text.splitlines())} lines")]
+    try:
+        return list(_harmful_values(json.loads(text), ()))
+    except (ValueError, RecursionError):
+        return [(name, "is not plain JSON; read it yourself")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    shown = [(visible(name, 80), visible(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    return [f"{name:<{width}}  {value}" for name, value in shown]
+
+
+def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
+    """Trust just these, part by part. Errors: UserError."""
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+
+
+def offer_trust(places: Places, say: Say, ask: Ask) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    new: List[Effect] = []
+    # Another start may be writing litellm_config.yaml in this moment.
+    with trust_lock(places):
+        effects = project_effects(places)
+        for part, of_part in effects.items():
+            new += untrusted(places, part, of_part)
+    # Where no more than problems is new, check_run_trust says what they are.
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        trust_effects(places, effects)
+        say("Trusted as it is now.")
 
 
 # ==================================================================================================
@@ -14878,8 +15033,6 @@ class SwapApp(UpstreamApp):
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
-Say = Callable[[str], None]
-
 
 def pid_file(places: Places) -> str:
     return places.in_state("router.pid")
@@ -16111,7 +16264,7 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
 # SHELL
 # ==================================================================================================
 # The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
-# say, so both ask first whether the project is trusted; what asks a person stands here, too.
+# say, so both ask first whether the project is trusted.
 
 HOOK_FILES = {
     "bash": ".bash_llmstack_hook",
@@ -16119,33 +16272,6 @@ HOOK_FILES = {
     "fish": ".fish_llmstack_hook.fish",
     "powershell": ".powershell_llmstack_hook.ps1",
 }
-
-
-def untrusted_line(places: Places) -> str:
-    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
-def check_run_trust(places: Places) -> None:
-    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
-    if is_trusted(places, "run"):
-        return
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        new = untrusted(places, "run", part_effects(places, "run"))
-    if not new:
-        return
-    for effect in new:
-        if effect.problem:
-            # Of a models.ini this says more.
-            load_config(places)
-            path = visible(places.in_state(effect.name))
-            raise UserError(f"{path} {visible(effect.problem)}",
-                            "it cannot be trusted so: mend it, or move it away")
-    what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
-                    f" programs, addresses or other files are named by {what}",
-                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
 
 
 def _is_hooked(state: str) -> bool:
@@ -16407,127 +16533,6 @@ def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
         prefix = _shell_prefix(shell, places, marker, env)
         lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
     return "\n".join(lines) + "\n"
-
-
-# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
-# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
-# hook) is what a clone would use.
-_HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema",
-    "autoupdate",
-    "disabled_providers",
-    "provider * name",
-    "provider * options headerTimeout",
-    "provider * options chunkTimeout",
-    "provider * models * name",
-    "provider * models * limit",
-    "provider * models * cost",
-    "provider * models * reasoning",
-    "provider * models * tool_call",
-    "provider * models * temperature",
-    "agent * description",
-    "agent * mode",
-    "agent * temperature",
-    "command * description",
-    "command * agent",
-))
-
-
-def _is_harmless(path: Sequence[str], value: Any) -> bool:
-    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
-    if value in ("deny", "disabled"):
-        return True
-    for known in _HARMLESS:
-        # All that lies below a harmless key is harmless, too.
-        if len(path) < len(known):
-            continue
-        if all(word in ("*", key) for word, key in zip(known, path)):
-            return True
-    return False
-
-
-def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of an opencode.json that may do harm."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _harmful_values(inner, (*path, str(key)))
-    elif not _is_harmless(path, value):
-        text = value if isinstance(value, str) else json.dumps(value)
-        yield ".".join(("opencode.json", *path)), text
-
-
-SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
-
-
-def _config_rows(text: str) -> List[Tuple[str, str]]:
-    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    name = "litellm_config.yaml"
-    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
-    rows = [(name, line) for line in lines[:SHOWN_LINES]]
-    more = len(lines) - len(rows)
-    if more:
-        rows.append((name, f"and {more} more lines"))
-    return rows
-
-
-def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
-    """(what it is, its value) of what a thing to be trusted would do."""
-    name = effect.name
-    if effect.problem or effect.shown:
-        return [(name, effect.problem or effect.shown)]
-    text = effect.data.decode("utf-8", "replace")
-    if name == "litellm_config.yaml":
-        return _config_rows(text)
-    if name == "default-channel":
-        return [(name, text.strip())]
-    if name != "opencode.json":
-        return [(name, f"{len(text.splitlines())} lines")]
-    try:
-        return list(_harmful_values(json.loads(text), ()))
-    except (ValueError, RecursionError):
-        return [(name, "is not plain JSON; read it yourself")]
-
-
-def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
-    """The lines that show what is to be trusted, fit to print."""
-    rows = [("project", places.work)]
-    for effect in effects:
-        rows += _effect_rows(effect)
-    shown = [(visible(name, 80), visible(value)) for name, value in rows]
-    width = max(len(name) for name, _ in shown)
-    return [f"{name:<{width}}  {value}" for name, value in shown]
-
-
-def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
-    """Trust just these, part by part. Errors: UserError."""
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-
-
-def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
-    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
-
-    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
-    Errors: UserError.
-    """
-    if all(is_trusted(places, part) for part in _PARTS):
-        return
-    new: List[Effect] = []
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        effects = project_effects(places)
-        for part, of_part in effects.items():
-            new += untrusted(places, part, of_part)
-    # Where no more than problems is new, check_run_trust says what they are.
-    if all(effect.problem for effect in new):
-        return
-    facts = "\n".join(trust_facts(places, new))
-    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
-        trust_effects(places, effects)
-        say("Trusted as it is now.")
 
 
 # ==================================================================================================
