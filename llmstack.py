@@ -437,36 +437,46 @@ class Config(_Settings):
     @functools.cached_property
     def smallest_context(self) -> int:
         """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
-        return min((t.ctx_size for t in self.ladder), default=0)
+        return min((tier.ctx_size for tier in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
         """The tiers that a request may name: without those that local_only forbids."""
         if self.local_only:
-            return tuple(t for t in self.tiers if not t.remote)
+            return tuple(tier for tier in self.tiers if not tier.remote)
         return self.tiers
 
     def by_role(self, role: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.role == role), None)
+        for tier in self.tiers:
+            if tier.role == role:
+                return tier
+        return None
 
     def by_name(self, name: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.name == name or name in t.aliases), None)
+        for tier in self.tiers:
+            if tier.name == name or name in tier.aliases:
+                return tier
+        return None
 
     @functools.cached_property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.offered)}
-        return tuple(roles[role] for role in LADDER_ROLES if role in roles)
+        found = []
+        for role in LADDER_ROLES:
+            # A role has one tier; where local_only forbids that, the rung is missing.
+            found += [tier for tier in self.offered if tier.role == role]
+        return tuple(found)
 
     @functools.cached_property
     def preferences(self) -> Dict[str, Tuple[Tier, ...]]:
         """The ladder as each of its roles sees it: itself and below, then above, nearest first."""
         orders = {}
-        for index, role in enumerate(LADDER_ROLES):
-            above = LADDER_ROLES[:index]
-            higher = [t for t in self.ladder if t.role in above]
-            lower = [t for t in self.ladder if t.role not in above]
-            orders[role] = (*lower, *reversed(higher))
+        above: List[Tier] = []
+        below = list(self.ladder)
+        for role in LADDER_ROLES:
+            orders[role] = (*below, *above)
+            if below and below[0].role == role:
+                above.insert(0, below.pop(0))
         return orders
 
 
@@ -495,7 +505,8 @@ class Facts(NamedTuple):
     @property
     def most_tokens(self) -> int:
         """What the text cannot exceed, by the rates of class_tokens."""
-        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+        text = int((self.chars + self.extra) * 1.62) + self.wide
+        return text + self.pictures * PICTURE_TOKENS
 
     @property
     def full_tokens(self) -> int:
@@ -1423,13 +1434,14 @@ def _option_table(rows: str) -> Dict[str, Option]:
     for row in rows.strip().splitlines():
         key, trust, value, *flags = row.split()
         kind, _, bounds = value.partition(":")
-        option = Option(kind, harmless=_TRUST[trust], flags=tuple(flags))
+        low = high = 0.0
+        choices: Sequence[str] = ()
         if bounds:
             low, high = map(float, bounds.split(".."))
-            option = option._replace(low=low, high=high)
         elif "|" in value:
-            option = option._replace(kind="choice", choices=tuple(value.split("|")))
-        table[key] = option
+            kind, choices = "choice", value.split("|")
+        table[key] = Option(
+            kind, low, high, tuple(choices), harmless=_TRUST[trust], flags=tuple(flags))
     return table
 
 
@@ -1480,7 +1492,9 @@ yarn_beta_slow        free   number:-1..1e6          --yarn-beta-slow
 yarn_beta_fast        free   number:-1..1e6          --yarn-beta-fast
 """)
 TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
-FILE_KEYS = tuple(key for key, option in MODEL_OPTIONS.items() if option.kind in ("file", "files"))
+FILE_KEYS = tuple(
+    key for key, option in MODEL_OPTIONS.items()
+    if option.kind in ("file", "files"))
 # What `sampler` holds, within the bounds that llama-server accepts.
 SAMPLER_OPTIONS = _option_table("""
 temp     free  number:0..10   --temp --temperature
@@ -1490,6 +1504,8 @@ min_p    free  number:0..1    --min-p
 rep_pen  free  number:0..10   --repeat-penalty
 """)
 # What opencode shows as the cost of an answer: key -> opencode's own name of it.
+# What `probe` finds out of a model, where a tier does not say it itself.
+PROBED_KEYS = ("tool_call", "reasoning")
 PRICE_KEYS = {
     "price_input_per_1m": "input",
     "price_output_per_1m": "output",
@@ -1611,8 +1627,9 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
     if len(word) > 64:                          # the comparison takes the square of its length
         return ""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    for near in difflib.get_close_matches(word, list(known), 1, 0.5):
+        return f", did you mean {near}?"
+    return ""
 
 
 def _shaped(pattern: Shape, text: str, what: str) -> str:
@@ -1699,24 +1716,28 @@ def _parse_layers(text: str) -> str:
 
 def _parse_url(text: str) -> str:
     match = _BASE_URL.match(text)
-    if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-        raise ValueError("not of the form https://host[:port][/path], such as"
-                         " https://api.groq.com/openai/v1")
-    return text
+    if match and len(text) <= 512:
+        port = int(match.group(1) or 80)
+        if 0 < port < 65_536:
+            return text
+    raise ValueError("not of the form https://host[:port][/path], such as"
+                     " https://api.groq.com/openai/v1")
 
 
 def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
     values: Dict[str, float] = {}
     for part in _parts(text):
-        key, _, value = (word.strip() for word in part.partition("="))
-        if key not in SAMPLER_OPTIONS:
-            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_OPTIONS)}")
+        key, _, value = map(str.strip, part.partition("="))
+        option = SAMPLER_OPTIONS.get(key)
+        if option is None:
+            near = _did_you_mean(key, SAMPLER_OPTIONS)
+            raise ValueError(f"there is no {key!r}{near}")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        option = SAMPLER_OPTIONS[key]
         try:
             values[key] = _parse_number(option, value)
         except ValueError:
+            # What _parse_number says names no key, and here are several.
             kind = option.kind.replace("int", "whole number")
             raise ValueError(f"{key} = {value or 'nothing'} is not a {kind} from {option.low:g} to"
                              f" {option.high:g}") from None
@@ -1764,8 +1785,9 @@ def _why_refused(flag: str) -> str:
     for key, option in TIER_SERVER_OPTIONS.items():
         if flag in option.flags:
             return f"{key} says it"
-    if any(flag in option.flags for option in SAMPLER_OPTIONS.values()):
-        return "sampler says it"
+    for option in SAMPLER_OPTIONS.values():
+        if flag in option.flags:
+            return "sampler says it"
     return ""
 
 
@@ -1794,7 +1816,8 @@ def _parse_args(text: str) -> Tuple[str, ...]:
     except ValueError as exc:
         raise ValueError(f"it cannot be split as a shell would: {exc}") from None
     for flag, *_ in groups:
-        why = _why_refused(flag.partition("=")[0])
+        name, _, _ = flag.partition("=")
+        why = _why_refused(name)
         if why:
             raise ValueError(f"{flag} is not for args: {why}")
     return tuple(itertools.chain(*groups))
@@ -1856,8 +1879,9 @@ def parse_value(option: Option, text: str) -> Any:
         return _shaped(shape, text, what)
     if kind in _LISTS:
         shape, what = _LISTS[kind]
-        parts = tuple(_shaped(shape, part, what) for part in _parts(text))
-        return parts if kind == "names" else tuple(part.lower() for part in parts)
+        if kind != "names":                     # hosts are the same in any case, models are not
+            text = text.lower()
+        return tuple(_shaped(shape, part, what) for part in _parts(text))
     return _READERS[kind](text)
 
 
@@ -1882,7 +1906,8 @@ _MAY_BE_EMPTY = ("triggers", "names")
 
 def _odd_space(*texts: str) -> str:
     """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
-    for char in "".join(text[:1] + text[-1:] for text in texts):
+    ends = "".join(text[:1] + text[-1:] for text in texts)
+    for char in ends:
         if char.isspace() and char not in " \t":
             return f"U+{ord(char):04X}"
     return ""
@@ -1930,7 +1955,8 @@ class IniReader:
     def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
         """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
-            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+            near = _did_you_mean(word, known)
+            self.warnings.append(f"{self.source}:{line}: {what}{near}")
 
     def _read(self, number: int, line: str) -> None:
         stripped = line.strip(" \t")
@@ -1956,7 +1982,9 @@ class IniReader:
             self._read_key(number, text, indent)
 
     def _read_key(self, number: int, text: str, indent: int) -> None:
-        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
+        pattern = _KEY_VALUE
+        if self._section == "ALIASES":
+            pattern = _ALIAS_VALUE
         match = pattern.match(text)
         key = value = ""
         if match:
@@ -1968,12 +1996,15 @@ class IniReader:
         elif not key:
             self.wrong(number, "neither a [section], a key = value nor a comment")
         elif not key.isascii():
-            code = next(ord(char) for char in key if not char.isascii())
-            self.wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+            # Before it is in lower case: the sign for Kelvin is an ASCII k then.
+            foreign = re.sub("[\x00-\x7f]", "", key)
+            code = f"U+{ord(foreign[0]):04X}"
+            self.wrong(number, f"a key holds ASCII characters only, and this one has {code}")
         elif self._section == "":
             self.wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            self._key, self._indent = key.lower(), indent
+            self._key = key.lower()
+            self._indent = indent
             self._add(number, self._key, value)
 
     def _hide(self, number: int, what: str) -> None:
@@ -1992,39 +2023,47 @@ class IniReader:
         first = self._first.setdefault((name, key), line)
         # Both are read all the same, so that what is wrong with either is said at once.
         if first is not line:
-            what = f"{key} in [{name}]" if key else f"[{name}]"
+            what = f"[{name}]"
+            if key:
+                what = f"{key} in [{name}]"
             self.wrong(number, f"{what} is there twice, first on line {first.number}")
         self.sections.setdefault(name, []).append(line)
 
     def line_of(self, section: str, key: str = "") -> int:
         """Where a section, or a key of it, stands first; 0: nowhere."""
         line = self._first.get((section, key))
-        return line.number if line else 0
+        if line is None:
+            return 0
+        return line.number
 
     def keys_of(self, section: str) -> List[IniLine]:
-        return [line for line in self.sections.get(section, ()) if line.key]
+        lines = self.sections.get(section, ())
+        return [line for line in lines if line.key]
 
     def values_of(self, section: str, options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's keys against its table."""
         values: Dict[str, Any] = {}
-        for number, _, key, text in self.keys_of(section):
-            option = options.get(key)
+        for line in self.keys_of(section):
+            key, option = line.key, options.get(line.key)
             if option is None:
-                self.warn(number, f"unknown key {key} in [{section}]", key, options)
-            elif text or option.kind in _MAY_BE_EMPTY:
+                self.warn(line.number, f"unknown key {key} in [{section}]", key, options)
+            # A key without a value says nothing: its usual value counts.
+            elif line.value or option.kind in _MAY_BE_EMPTY:
                 try:
-                    values[option.field or key] = parse_value(option, text)
+                    values[option.field or key] = parse_value(option, line.value)
                 except ValueError as exc:
-                    self.wrong(number, f"{key}: {exc}")
+                    self.wrong(line.number, f"{key}: {exc}")
         return values
 
     def shown_problems(self) -> List[str]:
         """Its problems as `source:LINE: what`, in the order of their lines."""
+        shown = []
         problems = sorted(set(self.problems))
-        shown, rest = problems[:MAX_SHOWN_PROBLEMS], problems[MAX_SHOWN_PROBLEMS:]
-        if rest:
-            shown.append((rest[0][0], f"and {len(rest):,} more problems from here"))
-        return [f"{self.source}:{line}: {what}" for line, what in shown]
+        for index, (line, what) in enumerate(problems):
+            if index == MAX_SHOWN_PROBLEMS:
+                what = f"and {len(problems) - index:,} more problems from here"
+            shown.append(f"{self.source}:{line}: {what}")
+        return shown[:MAX_SHOWN_PROBLEMS + 1]
 
 
 def holds_secret(text: str) -> bool:
@@ -2034,7 +2073,8 @@ def holds_secret(text: str) -> bool:
 
 def _check_host(reader: IniReader, tier: Tier) -> None:
     """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
-    name, url, variable = tier.name, tier.base_url, tier.api_key_env
+    name = tier.name
+    url, variable = tier.base_url, tier.api_key_env
     at = reader.line_of(name, "base_url")
     if tier.backend == "openai":
         if not at:
@@ -2057,55 +2097,62 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
 
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
-    name, role = tier.name, tier.role
-    in_hub = written.get("hf_repo") and written.get("hf_file")
+    name = tier.name
     if tier.backend != "gguf":
         for key in tier.settings:
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
             reader.wrong_key(name, "", f"[{name}] has backend = {tier.backend} but no model")
-    elif not (tier.path or in_hub):
+        return
+    # As written: what has the wrong shape is no value, and is told already.
+    in_hub = written.get("hf_repo") and written.get("hf_file")
+    if not (tier.path or in_hub):
         reader.wrong_key(
             name, "", f"[{name}] names no model: hf_repo and hf_file, path, or model")
     elif tier.hf_file_next and not (tier.hf_repo_next or tier.hf_repo):
         reader.wrong_key(name, "hf_file_next", "hf_file_next needs hf_repo_next or hf_repo")
-    if role and role not in KNOWN_ROLES:
-        at = reader.line_of(name, "role")
-        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> str:
     if not values.get("model"):
         return "gguf"
-    return "openai" if written.get("base_url") else "litellm"
+    if written.get("base_url"):
+        return "openai"
+    return "litellm"
 
 
-def _pop_server_values(values: Dict[str, Any]) -> Dict[str, Any]:
-    """Take the keys of llama-server out of `values`; an empty list says nothing."""
-    own = {key: values.pop(key) for key in list(values) if key in TIER_SERVER_OPTIONS}
+def _pop_values(values: Dict[str, Any], keys: Mapping[str, Any]) -> Dict[str, Any]:
+    """Take these keys out of `values`; an empty list says nothing."""
+    own = {}
+    for key in list(values):
+        if key in keys:
+            own[key] = values.pop(key)
     return {key: value for key, value in own.items() if value != ()}
 
 
-def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
-    """The tier of a section; None for one that says nothing."""
+def _read_tier(reader: IniReader, name: str) -> Tier:
+    """The tier of a section."""
     written = {line.key: line.value for line in reader.keys_of(name)}
-    if not written:
-        return None
     values = reader.values_of(name, TIER_OPTIONS)
-    values["server"] = tuple(_pop_server_values(values).items())
-    prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
-    values["prices"] = tuple(prices.items())
-    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if written.get(key))
-    values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
+    server = _pop_values(values, TIER_SERVER_OPTIONS)
+    prices = _pop_values(values, PRICE_KEYS)
+    scale, orig_ctx = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
-    implied = {
+    # What a section leaves out follows from its role, and from what else it says.
+    settings = {
         "aliases": ROLE_ALIASES.get(role, ()),
         "ttl": ROLE_TTL_S.get(role, 1200),
         "description": name,
         "backend": _implied_backend(values, written),
+        "settled": tuple(key for key in PROBED_KEYS if written.get(key)),
+        "server": tuple(server.items()),
+        "prices": tuple((PRICE_KEYS[key], price) for key, price in prices.items()),
+        "rope_scale": scale,
+        "rope_orig_ctx": orig_ctx,
+        **values,
     }
-    tier = Tier(name, **{**implied, **values})
+    tier = Tier(name, **settings)
     _check_host(reader, tier)
     _check_model(reader, tier, written)
     return tier
@@ -2121,9 +2168,14 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
             reader.wrong_key(name, "", f"[{name}] is not a name a model can have")
+        if not role:
+            continue
+        at = reader.line_of(name, "role")
         owner = roles.setdefault(role, name)
-        if role and owner != name:
-            reader.wrong_key(name, "role", f"role {role} belongs to [{owner}] already")
+        if owner != name:
+            reader.wrong(at, f"role {role} belongs to [{owner}] already")
+        if role not in KNOWN_ROLES:
+            reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple[str, ...]:
@@ -2137,29 +2189,29 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
         # A pattern leads elsewhere only where no name does, see _alias_patterns.
         if _WILDCARD.search(alias):
             continue
-        owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
             reader.wrong(at, f"alias {alias} is a reserved name")
         elif alias not in owners:
             owners[alias] = tier.name
             aliases.append(alias)
-        elif owner != tier.name and at:
-            reader.wrong(at, f"alias {alias} belongs to [{owner}] already")
+        elif at and owners[alias] != tier.name:
+            reader.wrong(at, f"alias {alias} belongs to [{owners[alias]}] already")
     return tuple(aliases)
 
 
 def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
-    aliases: Dict[str, Tuple[str, ...]] = {}
 
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
+    named = {}
     # The written ones first: those that come with a role give way to them.
     for tier in sorted(tiers, key=is_implied):
-        aliases[tier.name] = _own_aliases(reader, tier, owners)
-    return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
+        aliases = _own_aliases(reader, tier, owners)
+        named[tier.name] = tier._replace(aliases=aliases)
+    return tuple(named[tier.name] for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
@@ -2172,12 +2224,15 @@ def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str
             patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
-    for number, _, pattern, target in reader.keys_of("ALIASES"):
+    for line in reader.keys_of("ALIASES"):
+        pattern, target = line.key, line.value
         if not _ALIAS.match(pattern):
-            reader.wrong(number, f"{pattern} is no name and no pattern of names, such as gpt-*")
+            what = f"{pattern} is no name and no pattern of names, such as gpt-*"
+            reader.wrong(line.number, what)
         elif target not in known:
             near = _did_you_mean(target, known)
-            reader.wrong(number, f"{target or 'nothing'} is no tier, no role and not auto{near}")
+            what = f"{target or 'nothing'} is no tier, no role and not auto{near}"
+            reader.wrong(line.number, what)
         patterns.append((pattern, target))
     return tuple(patterns)
 
@@ -2199,7 +2254,8 @@ def _check_readable(text: str, source: str) -> None:
         found = pattern.search(text)
         if found:
             line = text.count("\n", 0, found.start()) + 1
-            raise ConfigError([f"{source}:{line}: {what.format(found.group())}"])
+            what = what.format(found.group())
+            raise ConfigError([f"{source}:{line}: {what}"])
 
 
 def _check_ports(reader: IniReader, config: Config) -> None:
@@ -2229,12 +2285,30 @@ def _check_cache(reader: IniReader, config: Config) -> None:
 
 
 def _read_routing(reader: IniReader) -> Routing:
-    routing = Routing(**reader.values_of("ROUTING", ROUTING_OPTIONS))
-    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    values = reader.values_of("ROUTING", ROUTING_OPTIONS)
+    routing = Routing(**values)
+    high = routing.high_fidelity_ceiling
+    mid = routing.mid_fidelity_ceiling
     if high > mid:
         at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
         reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
     return routing
+
+
+# The sections that are no tiers.
+_OTHER_SECTIONS = ("DEFAULT", "ROUTING", "ALIASES")
+
+
+def _tier_sections(reader: IniReader) -> List[str]:
+    """The names of all tiers. Errors: ConfigError where there are too many."""
+    sections = [name for name in reader.sections if name not in _OTHER_SECTIONS]
+    # Another machine's file may be made to be slow.
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        what = f"there are more than {MAX_INI_SECTIONS:,} sections"
+        raise ConfigError([f"{reader.source}:{line}: {what}"])
+    # A section without a key says nothing, so it is no tier.
+    return [name for name in sections if reader.keys_of(name)]
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
@@ -2243,18 +2317,12 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     Strict and kind: every problem of the file at once, each as `source:LINE: what`.
     Errors: ConfigError.
     """
-    text = text[1:] if text.startswith("\ufeff") else text
     _check_readable(text, source)
     reader = IniReader(text, source)
-    sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
-    # Another machine's file may be made to be slow.
-    if len(sections) > MAX_INI_SECTIONS:
-        line = reader.line_of(sections[MAX_INI_SECTIONS])
-        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
-    settings = _pop_server_values(values)
+    settings = _pop_values(values, SERVER_OPTIONS)
     values["routing"] = _read_routing(reader)
-    tiers = list(filter(None, (_read_tier(reader, name) for name in sections)))
+    tiers = [_read_tier(reader, name) for name in _tier_sections(reader)]
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
@@ -2272,7 +2340,9 @@ def _effect_text(option: Option, value: Any) -> str:
         return "yes"
     if not isinstance(value, tuple):
         return str(value)
-    between = " " if option.kind == "args" else ", "
+    between = ", "
+    if option.kind == "args":
+        between = " "
     return between.join(map(str, value))
 
 
@@ -2287,7 +2357,8 @@ def _effects(prefix: str, record: Any, default: Any,
 
     A field with two keys, as host and router_host are, is shown by its first.
     """
-    own, usual = _values_of(record), _values_of(default)
+    own = _values_of(record)
+    usual = _values_of(default)
     found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
@@ -2317,9 +2388,9 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         # The codec counts from behind the BOM, and so does its object.
-        rest = exc.object
-        line = rest.count(b"\n", 0, exc.start) + 1
-        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
+        rest, start = exc.object, exc.start
+        line = rest.count(b"\n", 0, start) + 1
+        what = f"byte 0x{rest[start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -3143,10 +3214,11 @@ def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Conf
     tiers = []
     for tier in config.tiers:
         row = probes.get(tier.name, {})
-        for key in ("tool_call", "reasoning"):
+        known = {}
+        for key in PROBED_KEYS:
             if key not in tier.settled and isinstance(row.get(key), bool):
-                tier = tier._replace(**{key: row[key]})
-        tiers.append(tier)
+                known[key] = row[key]
+        tiers.append(tier._replace(**known))
     return config._replace(tiers=tuple(tiers))
 
 
