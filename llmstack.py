@@ -2421,14 +2421,16 @@ def local_tiers(config: Config) -> List[Tier]:
 
 def weights_for(tier: Tier) -> Weights:
     """The GGUF that a local tier runs on its channel."""
+    weights = Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+        return weights
+    # What an upgrade does not say is as it was, but for a path, which it replaces.
     return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
+        tier.hf_repo_next or weights.repo,
+        tier.hf_file_next or weights.file,
         "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
+        tier.size_gb_next or weights.size_gb,
+        tier.quant_next or weights.quant,
         "next")
 
 
@@ -2454,16 +2456,13 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
-def _projector_rank(file: str) -> Tuple[bool, str]:
-    """What projectors sort by: F16 first, which BF16 is not, then their names."""
-    name = file.upper()
-    is_f16 = "-F16" in name and "BF16" not in name
-    return not is_f16, file
-
-
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
+    names = sorted(filter(_PROJECTOR.match, files))
+    for name in names:
+        if "-F16" in name.upper():
+            return name
+    return "".join(names[:1])
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2471,18 +2470,22 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     A file may be ANY_PROJECTOR.
     """
-    found: List[Tuple[str, str]] = []
+    values: List[str] = []
 
-    def note(value: str) -> str:
+    def collect(value: str) -> str:
+        values.append(value)
+        return value
+
+    with_files(tier, collect)
+    found = []
+    own_repo = weights_for(tier).repo
+    for value in values:
         repo, _, file = value.partition(":")
         if _HUB_REFERENCE.match(value):
             found.append((repo, file))
-        elif value == "auto":
-            found.append((weights_for(tier).repo, ANY_PROJECTOR))
-        return value
-
-    with_files(tier, note)
-    return [(repo, file) for repo, file in found if repo]
+        elif value == "auto" and own_repo:
+            found.append((own_repo, ANY_PROJECTOR))
+    return found
 
 
 # ---- flags of llama-server
@@ -2504,19 +2507,17 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     option = TIER_SERVER_OPTIONS[key]
     if option.kind == "args":
         return group_args(value)
-    if not option.flags:
-        return []
-    if option.kind == "bool":
-        # A switch that is on by default has a second name for off; others are off unsaid.
-        for flag in option.flags:
-            if flag.startswith("--no-") != value:
-                return [(flag,)]
-        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
         value = _number(value)
-    return [(option.flags[0], str(value))]
+    for flag in option.flags:
+        if option.kind != "bool":
+            return [(flag, str(value))]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        if flag.startswith("--no-") != value:
+            return [(flag,)]
+    return []
 
 
 def tier_config(config: Config, tier: Tier) -> Config:
@@ -2559,19 +2560,12 @@ def reading_ubatch(tier: Tier) -> int:
     return min(tier.ctx_size, 2048)
 
 
-def _role_flags(tier: Tier) -> List[Flag]:
-    """What a tier that embeds or ranks is told."""
-    if tier.role not in _ROLE_FLAGS:
-        return []
-    flags: List[Flag] = [(_ROLE_FLAGS[tier.role],)]
-    if reading_ubatch(tier):
-        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
-    return flags
-
-
 def tier_flags(tier: Tier) -> List[Flag]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
-    flags: List[Flag] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
+    flags: List[Flag] = [
+        ("--alias", tier.name),
+        ("-c", str(tier.ctx_size)),
+    ]
     if tier.rope_scale:
         flags += [
             ("--rope-scaling", "yarn"),
@@ -2583,16 +2577,23 @@ def tier_flags(tier: Tier) -> List[Flag]:
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     for key, value in tier.sampler:
-        flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
-    flags += _role_flags(tier)
+        option = SAMPLER_OPTIONS[key]
+        flags.append((option.flags[0], _number(value)))
     settings = tier.settings
-    settings.pop("speculative", None)           # see _speculation_flags
-    if tier.role in _ROLE_FLAGS:                # which says that it embeds
+    # A tier that embeds or ranks does so by its role, whatever `embedding` says.
+    if tier.role in _ROLE_FLAGS:
+        flags.append((_ROLE_FLAGS[tier.role],))
         settings.pop("embedding", None)
+    ubatch = reading_ubatch(tier)
+    if ubatch:
+        flags.append(("--ubatch-size", str(ubatch)))
+    # What `speculative` asks for is no value of the flag's: _speculation_flags has it.
+    speculation = _speculation_flags(settings)
+    settings.pop("speculative", None)
     for key in MODEL_OPTIONS:
         if key in settings:
             flags += _option_flags(key, settings[key])
-    return [*flags, *_speculation_flags(tier.settings)]
+    return [*flags, *speculation]
 
 
 def all_flags(tier: Tier, config: Config) -> List[Flag]:
@@ -2620,15 +2621,15 @@ def accepted_flags(flags: Iterable[Flag], refused: FrozenSet[str]) -> List[Flag]
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
     lost = refused - FLAG_REPLACEMENTS.keys()
-    said: Dict[str, None] = {}
+    lines = []
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
         for key, value in settings.items():
             refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
             for flag in refused_flags:
                 what = " ".join(flag)
-                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
-    return list(said)
+                lines.append(f"[{tier.name}] {key}: this llama-server refuses {what}")
+    return lines
 
 
 def settings_words(config: Config, tier: Tier) -> str:
@@ -2638,11 +2639,12 @@ def settings_words(config: Config, tier: Tier) -> str:
     for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        parts = value if isinstance(value, tuple) else (value,)
-        values = [str(part) for part in parts]
+        values = [str(value)]
+        if isinstance(value, tuple):
+            values = list(value)
         if key in FILE_KEYS:
             # A status line has room for a file's name, not for its path.
-            values = [re.split(r"[/\\:]", name)[-1] for name in values]
+            values = [re.sub(r".*[/\\:]", "", name) for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
 
@@ -2681,10 +2683,10 @@ def needs_together(needs: Iterable[Needs]) -> Needs:
 
 def gb_words(needs: Needs) -> str:
     """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
-    words = [f"{need_gb:.1f}" for need_gb in needs]
-    if len(words) < 2:
-        return f"{words[0]} GB"
-    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+    *cards, host = [f"{need_gb:.1f}" for need_gb in needs]
+    if not cards:
+        return f"{host} GB"
+    return f"{' + '.join(cards)} GB and {host} of the host's"
 
 
 def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
@@ -2699,12 +2701,13 @@ MOST_GROWN = 24                                 # tiers
 def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
             budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
-    members = list(base)
+    members = set(base)
     taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
-            members.append(name)
-            taken = needs_together([taken, need_gb[name]])
+        more = needs_together([taken, need_gb[name]])
+        if name not in members and fits_together([more], budgets_gb):
+            members.add(name)
+            taken = more
     return frozenset(members)
 
 
@@ -2719,16 +2722,15 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         growing = growing[:1]
-    found: Dict[FrozenSet[str], None] = {}
+    found = [frozenset(base) for base in bases]
     for base in growing:
         for first in known:
-            if first not in base:
-                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
+            members = _filled(base, [first, *known], need_gb, budgets_gb)
+            if members not in found:
+                found.append(members)
     kept = []
-    for members in found:
-        in_a_base = any(members <= set(base) for base in bases)
-        in_another = any(members < other for other in found)
-        if not (in_a_base or in_another):
+    for members in found[len(bases):]:
+        if not any(members < other for other in found):
             kept.append(tuple(name for name in names if name in members))
     return kept
 
@@ -2744,14 +2746,38 @@ def _set_prefix(number: int, count: int) -> str:
 def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
-    heavy = [tier for tier in local if tier.role != "fast" and tier.chats]
-    groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
-    if fast and not heavy:
-        groups = [("fast", tuple(fast))]
-    chats = [tier.name for tier in heavy if tier.role.startswith("plan")]
+    groups, chats = [], []
+    for tier in local:
+        if tier.role == "fast" or not tier.chats:
+            continue
+        groups.append((tier.role or tier.name, (*fast, tier.name)))
+        if tier.role.startswith("plan"):
+            chats.append(tier.name)
+    if fast and not groups:
+        groups.append(("fast", tuple(fast)))
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
     return groups
+
+
+def _sets_in_memory(local: Sequence[Tier], need_gb: Mapping[str, Needs],
+                    budgets_gb: Needs) -> List[Tuple[str, Tuple[str, ...]]]:
+    """Those of _labelled_sets that fit, each tier that is in none of them, and what fits beside."""
+    kept = []
+    placed: Set[str] = set()
+    for label, tiers in _labelled_sets(local):
+        needs = [need_gb.get(name, ()) for name in tiers]
+        if fits_together(needs, budgets_gb):
+            kept.append((label, tiers))
+            placed.update(tiers)
+    for tier in local:
+        if tier.name not in placed:
+            kept.append((tier.role or tier.name, (tier.name,)))
+    bases = [tiers for _, tiers in kept]
+    names = [tier.name for tier in local]
+    for tiers in _grown(bases, names, need_gb, budgets_gb):
+        kept.append(("more", tiers))
+    return kept
 
 
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
@@ -2763,17 +2789,10 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
     which are small and make nothing go. A tier left in no set runs alone.
     """
     local = local_tiers(config)
-    groups = _labelled_sets(local)
-    if need_gb is not None:
-        groups = [(label, tiers) for label, tiers in groups
-                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
-        together = {name for _, tiers in groups for name in tiers}
-        for tier in local:
-            if tier.name not in together:
-                groups.append((tier.role or tier.name, (tier.name,)))
-        bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
-        groups += [("more", tiers) for tiers in grown]
+    if need_gb is None:
+        groups = _labelled_sets(local)
+    else:
+        groups = _sets_in_memory(local, need_gb, budgets_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
         prefix = _set_prefix(number, len(groups))
@@ -2801,13 +2820,14 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     """
     if target in running:
         return []
+    def cost(gone: Sequence[str]) -> float:
+        return sum(costs.get(name, 1) for name in gone)
+
     choices = []
     for group in sets:
         if target in group.tiers:
             choices.append([name for name in running if name not in group.tiers])
-    if not choices:
-        return list(running)
-    return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
+    return min(choices, key=cost, default=list(running))
 
 
 def tier_cost(tier: Tier, weights_gb: float) -> int:
@@ -2847,12 +2867,10 @@ _YAML_PLAIN = re.compile(
 
 
 def _yaml_text(value: str) -> str:
-    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares.
-
-    llama-swap puts macros in everywhere, ${env.X} too.
-    """
+    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares."""
     if _YAML_PLAIN.match(value):
         return value
+    # llama-swap puts macros in everywhere, ${env.X} too.
     return _yaml_quoted(value.replace("${", "$ {"))
 
 
@@ -2868,7 +2886,8 @@ def posix_quote(word: str) -> str:
 
 def windows_quote(word: str) -> str:
     if '"' in word:
-        word = re.sub(r'(\\*)"', r'\1\1\\"', word)    # backslashes before a quote are doubled
+        # As Windows reads it, a quote takes the backslashes before it by pairs.
+        word = re.sub(r'(\\*)"', r'\1\1\\"', word)
     elif " " not in word:
         return word
     return f'"{word}"'
@@ -2938,6 +2957,17 @@ _SWAP_MODEL = """
     concurrencyLimit: 512         # 0 would mean 10, then a surprise 429
 """
 
+# What llama-swap hands on in its own list of models.
+_SWAP_METADATA = """\
+    metadata:
+      tier: {tier}
+      role: {role}
+      ctx_size: {ctx_size}
+      size_gb: {weights.size_gb}
+      quant: {quant}
+      channel: {weights.channel}
+"""
+
 _SWAP_PROXY = """
   {name}:
     description: {description}
@@ -2984,80 +3014,90 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
-    command = [f"      {line}" for line in _swap_command(plan, tier)]
+    lines = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
-        name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(command))
+        name=_yaml_text(tier.name),
+        description=_yaml_text(tier.description),
+        ttl=tier.ttl,
+        command="\n".join(lines))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
     if tier.aliases:
         text += f"    aliases: {_yaml_list(tier.aliases)}\n"
     weights = weights_for(tier)
-    return text + f"""\
-    metadata:
-      tier: {_yaml_text(tier.tier or tier.role)}
-      role: {_yaml_text(tier.role)}
-      ctx_size: {tier.ctx_size}
-      size_gb: {weights.size_gb}
-      quant: {_yaml_text(weights.quant)}
-      channel: {weights.channel}
-"""
+    return text + _SWAP_METADATA.format(
+        tier=_yaml_text(tier.tier or tier.role),
+        role=_yaml_text(tier.role),
+        ctx_size=tier.ctx_size,
+        weights=weights,
+        quant=_yaml_text(weights.quant))
 
 
 def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
+    tier = proxy.tier
     return _SWAP_PROXY.format(
-        name=proxy.tier.name, description=_yaml_text(proxy.tier.description),
-        command=plan.words(proxy.command), port=proxy.port, health=proxy.health,
-        aliases=_yaml_list(proxy.tier.aliases))
+        name=tier.name,
+        description=_yaml_text(tier.description),
+        command=plan.words(proxy.command),
+        port=proxy.port,
+        health=proxy.health,
+        aliases=_yaml_list(tier.aliases))
 
 
 def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
         return ""
-    text, kept = "", [group.tiers for group in sets]
+    text = ""
+    kept = [group.tiers for group in sets]
+    room = gb_words(plan.budgets_gb)
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
-        if tiers not in kept:
-            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
-                     f" and there are {gb_words(plan.budgets_gb)}\n")
+        if tiers in kept:
+            continue
+        taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+        together = " + ".join(tiers)
+        text += (f"    # left out: {together} would take ~{gb_words(taken)},"
+                 f" and there are {room}\n")
     return text
 
 
+_SWAP_MATRIX = """
+# What may be loaded together; the cheapest way to make room wins, the first of equals.
+matrix:
+  vars:
+{names}\
+  evict_costs:
+{costs}\
+  sets:
+{groups}\
+"""
 _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys = {}                                   # model -> its short name in the sets
-    costs = {}
+    names = costs = ""
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
-        keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
-        costs[tier.name] = tier_cost(tier, weights_gb)
-    everywhere: Tuple[str, ...] = ()
+        key = _SET_LETTERS.get(tier.role, f"x{number}")
+        keys[tier.name] = key
+        names += f"    {key}: {_yaml_text(tier.name)}\n"
+        costs += f"    {key}: {tier_cost(tier, weights_gb)}\n"
+    everywhere = ""
     if plan.proxy:
-        everywhere = (PROXY,)
-        keys[PROXY] = "l"
-        costs[PROXY] = MOST_EVICT_COST
-    text = """
-# What may be loaded together; the cheapest way to make room wins, the first of equals.
-matrix:
-  vars:
-"""
-    for name, key in keys.items():
-        text += f"    {key}: {_yaml_text(name)}\n"
-    text += "  evict_costs:\n"
-    for name, cost in costs.items():
-        text += f"    {keys[name]}: {cost}\n"
-    text += "  sets:\n"
+        everywhere = " & l"
+        names += f"    l: {PROXY}\n"
+        costs += f"    l: {MOST_EVICT_COST}\n"
     sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
-    text += _left_out(plan, sets)
-    for group in sets or [ResidencySet("a_hosted", ())]:
-        members = [keys[name] for name in group.tiers + everywhere]
-        text += f'    {group.name}: "{" & ".join(members)}"\n'
-    return text
+    groups = _left_out(plan, sets)
+    for group in sets:
+        members = " & ".join(keys[name] for name in group.tiers)
+        groups += f'    {group.name}: "{members}{everywhere}"\n'
+    if not sets:
+        groups += '    a_hosted: "l"\n'
+    return _SWAP_MATRIX.format(names=names, costs=costs, groups=groups)
 
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
@@ -3093,6 +3133,7 @@ def hosted_model(tier: Tier) -> str:
 
 def entry_name(tier: Tier) -> str:
     """The name of a LiteLLM tier's entry in the proxy's model_list."""
+    # Both models stand in the list, so a change of channel needs no change of the file.
     if tier.channel == "next":
         return f"{tier.name}_next"
     return tier.name
@@ -3103,10 +3144,13 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     found = {}
     for tier in config.tiers:
         variable = tier.api_key_env
+        if not variable:
+            continue
         key = env.get(variable, "").strip()
-        if variable and not key:
+        if not key:
             found[tier.name] = f"{variable} is not set"
-        elif variable and not (key.isascii() and key.isprintable()):
+        # It is to stand in a header.
+        elif not (key.isascii() and key.isprintable()):
             found[tier.name] = f"{variable} holds more than printable ASCII"
     return found
 
@@ -3116,13 +3160,14 @@ def check_queued(config: Config, profile: str = "") -> None:
 
     Errors: UserError.
     """
-    if not any(tier.has_next for tier in config.tiers):
-        tier = "no tier"
-        if profile:
-            tier = f"no tier of this models.ini, profile {profile},"
-        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
-                        "add hf_file_next or model_next to a tier of models.ini, or say --current"
-                        " (and unset LLMSTACK_USE_NEXT)", 2)
+    if any(tier.has_next for tier in config.tiers):
+        return
+    none = "no tier"
+    if profile:
+        none = f"no tier of this models.ini, profile {profile},"
+    raise UserError(f"{none} has a queued upgrade, so there is no next channel to run",
+                    "add hf_file_next or model_next to a tier of models.ini, or say --current"
+                    " (and unset LLMSTACK_USE_NEXT)", 2)
 
 
 class Route(NamedTuple):
@@ -3159,22 +3204,24 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
-    # As JSON escapes it, without its quotes: with_model puts those around it.
-    model = json.dumps(hosted_model(tier))[1:-1]
+    model = hosted_model(tier)
     if tier.backend == "litellm":
         model = entry_name(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
+    model = json.dumps(model)[1:-1]
     # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
-        members = _SAMPLER_MEMBERS[key]
-        sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
+        names = _SAMPLER_MEMBERS[key]
+        member = f'"{names[0]}":{_number(value)}'
+        sampler.append((names, member.encode()))
+    name = tier.name
     refused = (0, "", "")
     if config.local_only and tier.remote:
-        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
-    elif tier.name in missing:
-        what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
-                " then `llmstack restart`")
-        refused = (401, what, "authentication_error")
+        refused = (403, f"{name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif name in missing:
+        what = f"{missing[name]} where llmstack was started; export it, then `llmstack restart`"
+        refused = (401, f"{name}: {what}", "authentication_error")
     return Route(tier, model, tuple(sampler), refused)
 
 
@@ -3186,9 +3233,11 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
     """
     if not name:
         return [body]
-    more: List[bytes] = []
+    more = []
     if path in SAMPLED_PATHS:
-        more = [member for keys, member in route.sampler if asked.keys().isdisjoint(keys)]
+        for keys, member in route.sampler:
+            if asked.keys().isdisjoint(keys):
+                more.append(member)
     return with_model(body, "model" in asked, name, more)
 
 
@@ -3314,8 +3363,10 @@ def list_models(config: Config,
     for tier in config.tiers:
         known.update(tier.names)
     for name, entry in said.items():
+        if name in known:
+            continue
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if name not in known and PROXY not in json.dumps(entry):
+        if PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3336,7 +3387,12 @@ def anthropic_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
 def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """The whole list in the shape of Anthropic's API, as one page."""
     data = [anthropic_model(entry) for entry in entries]
-    return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return {
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["id"],
+        "last_id": data[-1]["id"],
+    }
 
 
 # ==================================================================================================
