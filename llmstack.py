@@ -2743,7 +2743,10 @@ def _set_prefix(number: int, count: int) -> str:
     return letters + "_"
 
 
-def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
+LabelledSets = List[Tuple[str, Tuple[str, ...]]]
+
+
+def _labelled_sets(local: Sequence[Tier]) -> LabelledSets:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
     groups, chats = [], []
@@ -2760,12 +2763,12 @@ def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
     return groups
 
 
-def _sets_in_memory(local: Sequence[Tier], need_gb: Mapping[str, Needs],
-                    budgets_gb: Needs) -> List[Tuple[str, Tuple[str, ...]]]:
-    """Those of _labelled_sets that fit, each tier that is in none of them, and what fits beside."""
+def _sets_in_memory(sets: LabelledSets, local: Sequence[Tier], need_gb: Mapping[str, Needs],
+                    budgets_gb: Needs) -> LabelledSets:
+    """Those of the sets that fit, each tier that is in none of them, and what fits beside."""
     kept = []
     placed: Set[str] = set()
-    for label, tiers in _labelled_sets(local):
+    for label, tiers in sets:
         needs = [need_gb.get(name, ()) for name in tiers]
         if fits_together(needs, budgets_gb):
             kept.append((label, tiers))
@@ -2789,10 +2792,9 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
     which are small and make nothing go. A tier left in no set runs alone.
     """
     local = local_tiers(config)
-    if need_gb is None:
-        groups = _labelled_sets(local)
-    else:
-        groups = _sets_in_memory(local, need_gb, budgets_gb)
+    groups = _labelled_sets(local)
+    if need_gb is not None:
+        groups = _sets_in_memory(groups, local, need_gb, budgets_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
         prefix = _set_prefix(number, len(groups))
@@ -4516,8 +4518,11 @@ def fits_machine(name: str, machine: Machine) -> bool:
 
 def choose_profile(machine: Machine) -> str:
     """The largest profile whose every tier fits a machine, or the smallest there is."""
-    smallest, *others = PROFILES
-    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+    chosen, *others = PROFILES
+    for name in others:
+        if fits_machine(name, machine):
+            chosen = name
+    return chosen
 
 
 def _kind_and_gb(name: str) -> Tuple[str, int]:
@@ -4561,11 +4566,17 @@ def profile_of(text: str) -> str:
 
 def render_profile(bundled: str, own: str) -> str:
     """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
-    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    blocks = {}
+    for block in _INI_BLOCK.finditer(own):
+        blocks[block.group(1)] = block.group()
+
+    def own_block(match: Match[str]) -> str:
+        return blocks.get(match.group(1), match.group())
+
     title = _PROFILE_TITLE.search(own)
     if title:
         bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
-    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
+    return _INI_BLOCK.sub(own_block, bundled)
 
 
 # ==================================================================================================
@@ -4588,10 +4599,11 @@ def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
     entries = []
     for tier in config.tiers:
-        if tier.backend == "litellm":
-            entries.append((tier.name, tier.model))
-            if tier.model_next:
-                entries.append((f"{tier.name}_next", tier.model_next))
+        if tier.backend != "litellm":
+            continue
+        entries.append((tier.name, tier.model))
+        if tier.model_next:
+            entries.append((f"{tier.name}_next", tier.model_next))
     return entries
 
 
@@ -4604,20 +4616,26 @@ def proxy_tier(config: Config) -> Optional[Tier]:
     if not tiers:
         return None
     names = [name for name, _ in litellm_entries(config)]
-    names += [alias for tier in tiers for alias in tier.aliases]
-    description = "LiteLLM, for " + ", ".join(tier.name for tier in tiers)
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
-                aliases=tuple(dict.fromkeys(names)))
+    for tier in tiers:
+        names += tier.aliases
+    served = ", ".join(tier.name for tier in tiers)
+    return Tier(
+        PROXY,
+        backend="litellm",
+        ttl=0,
+        ctx_size=0,
+        description=f"LiteLLM, for {served}",
+        aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
     """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
-        return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
+        return re.sub(r"(?m)^; ?", "", match.group(1))
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
-    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"(?ms)^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text)
 
 
 def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
@@ -4691,7 +4709,8 @@ vertex_ai     GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENT
 xai           XAI_API_KEY
 """
 CREDENTIALS: Dict[str, Sequence[str]] = {
-    provider: names for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
+    provider: names
+    for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
 # A machine in their cloud may have credentials that no variable shows.
 AMBIENT = ("azure", "bedrock", "vertex_ai")
 _CREDENTIAL_NAMES = frozenset(re.findall(r"[A-Z][A-Z_]+", _CREDENTIAL_ROWS))
@@ -4744,10 +4763,12 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     if file is None:
         return ()
     entry = file.entries.get(entry_name(tier), LitellmEntry(""))
+    known = set(file.environment)
+    known.update(name for name, value in env.items() if value.strip())
     lacking: Dict[str, None] = {}
     for choices in _wanted_credentials(tier, entry, certain):
         names = choices.split("|")
-        if not any(env.get(name, "").strip() or name in file.environment for name in names):
+        if known.isdisjoint(names):
             lacking[names[0]] = None
     return tuple(lacking)
 
@@ -4758,9 +4779,9 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
         return []
     lines = []
     for name, model in litellm_entries(config):
-        written = file.entries.get(name, LitellmEntry("")).model
-        if written not in ("", model):
-            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+        entry = file.entries.get(name)
+        if entry and entry.model not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
                          " which is what is asked")
     return lines
 
@@ -4810,7 +4831,8 @@ def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
     """Whether a tier takes tools; a llama-server does so by its model's own template only."""
-    if tier.backend == "gguf" and not tier_config(config, tier).settings["jinja"]:
+    settings = tier_config(config, tier).settings
+    if tier.backend == "gguf" and not settings["jinja"]:
         return False
     return tier.tool_call
 
@@ -4819,6 +4841,7 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
                   config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
     context, output = limits
+    first, *others = tiers
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
@@ -4829,11 +4852,12 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    free = {"input": 0, "output": 0}
     # What one of several hosted tiers will cost is not known before it is asked.
-    if len(tiers) == 1 and tiers[0].prices:
-        entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
+    if first.prices and not others:
+        entry["cost"] = {**free, **dict(first.prices)}
     elif not any(tier.remote for tier in tiers):
-        entry["cost"] = {"input": 0, "output": 0}
+        entry["cost"] = free
     return entry
 
 
@@ -4847,8 +4871,14 @@ def _opencode_models(config: Config) -> Dict[str, Any]:
     for tier in config.tiers:
         if tier.chats:
             shown = tier.description or tier.name
-            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
+            limits = client_limits(tier)
+            models[tier.name] = _client_model(shown, limits, [tier], config)
     return models
+
+
+def _with_offered(config: Config) -> Config:
+    """What a client is shown: the tiers it may ask, or all of them where that is none."""
+    return config._replace(tiers=config.offered or config.tiers)
 
 
 def cramped_models(config: Config) -> List[str]:
@@ -4856,7 +4886,7 @@ def cramped_models(config: Config) -> List[str]:
 
     With such a model it would compact the conversation for ever.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     limits = {}
     for role in ("agent", "plan", "plan-uncensored"):
         tier = config.by_role(role)
@@ -4866,6 +4896,7 @@ def cramped_models(config: Config) -> List[str]:
         limits["auto"] = _auto_limits(config.ladder)
     lines = []
     for name, (context, output) in limits.items():
+        # A quarter of it has to be left for what the user says.
         if context - output < OPENCODE_TOKENS * 5 // 4:
             lines.append(f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer;"
                          f" its own prompt and tools take about {OPENCODE_TOKENS:,}, so it would"
@@ -4879,7 +4910,9 @@ def _role_model(config: Config, role: str) -> Dict[str, str]:
     Then opencode takes its default model.
     """
     tier = config.by_role(role)
-    return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+    if tier is None:
+        return {}
+    return {"model": f"{PROVIDER}/{tier.name}"}
 
 
 def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -4921,9 +4954,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
     same bytes.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     models = _opencode_models(config)
-    default = f"{PROVIDER}/{next(iter(models), 'auto')}"
+    first = next(iter(models), "auto")
+    default = f"{PROVIDER}/{first}"
     agents, commands = _opencode_agents(config, default)
     options: Dict[str, Any] = {
         "baseURL": f"{url}/v1",
@@ -4953,10 +4987,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     }
     if mcp_url:
         value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
-    text = json.dumps(value, indent=2)
+    text = json.dumps(value, indent=2) + "\n"
     # opencode replaces {env:X} and {file:X} wherever they stand: a description must not name any.
     text = re.sub(r"\{(?=env:|file:)", r"\\u007b", text)
-    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
+    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"')
 
 
 # ==================================================================================================
@@ -5906,8 +5940,8 @@ SHELLS = tuple(HOOK_SOURCES)
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
-    name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = re.sub(r"\.exe\Z", "", name)
+    # A login shell calls itself -bash.
+    name = re.sub(r".*[/\\]|\.exe\Z", "", program.lower()).lstrip("-")
     if name == "pwsh":
         return "powershell"
     if name in SHELLS:
@@ -5918,9 +5952,8 @@ def shell_name(program: str) -> str:
 def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
-    units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    codes = ",".join(map(str, units))
-    return f"(-join[char[]]({codes}))"
+    codes = [str(unit) for unit, in struct.iter_unpack("<H", raw)]
+    return f"(-join[char[]]({','.join(codes)}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5941,8 +5974,8 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
 
     `program`: the words that run llmstack where its name alone does not.
     """
-    command = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
-    command += f" activate {shell}"
+    words = " ".join(shell_quote(shell, word) for word in program)
+    command = f"{words or 'llmstack'} activate {shell}"
     if shell == "fish":
         return f"{command} | source"
     if shell != "powershell":
@@ -5975,11 +6008,18 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
-    exported, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
+    form, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
     if value is None:
         return unset.format(name=name)
-    form = exported if export else own
-    return form.format(name=name, word=shell_quote(shell, value))
+    if not export:
+        form = own
+    word = shell_quote(shell, value)
+    return form.format(name=name, word=word)
+
+
+def _render_own(shell: str, name: str, value: str) -> str:
+    """A line that sets a variable of the hook's own, which no program is to see."""
+    return render_assignment(shell, f"_llmstack_{name}", value, export=False)
 
 
 def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
@@ -5987,23 +6027,26 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    lines = []
-    for name, path in {"python": python, "program": program, "trust": trust}.items():
-        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
-    lines.append(text)
+    lines = [
+        _render_own(shell, "python", python),
+        _render_own(shell, "program", program),
+        _render_own(shell, "trust", trust),
+        text,
+    ]
     return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
                        hook: str) -> str:
     """What a hook evaluates on entering a project; `exported`: names that were exported before."""
-    before = set(exported)
+    kinds = dict.fromkeys(exported, "x")
     lines = []
     for name, value in values.items():
         # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
-        kind = "x" if name in before else "s"
-        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+        kind = kinds.get(name, "s")
+        word = shell_quote(shell, value)
+        lines.append(f"_llmstack_set {name} {word} {kind}")
+    lines.append(_render_own(shell, "prefix", prefix))
     lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
@@ -6035,8 +6078,9 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     user's.
     """
     lines = [hook]
-    lines += [render_assignment(shell, name, value) for name, value in values.items()]
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    lines.append(_render_own(shell, "prefix", prefix))
     text = "\n".join(lines) + "\n"
     if shell == "bash":
         return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
@@ -6070,9 +6114,11 @@ class Job(NamedTuple):
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
-    files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
-        return None
+    files: Any = row.get("files")
+    beside: Any = row.get("beside")
+    for names in (files, beside):
+        if not isinstance(names, (list, tuple)):
+            return None
     job = Job(
         tier=str(row.get("tier")),
         label=str(row.get("label")),
@@ -6080,12 +6126,14 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
         files=tuple(map(str, files)),
         beside=tuple(map(str, beside)),
     )
-    if not _NAME.match(job.tier) or not _REPO.match(job.repo):
-        return None
     if job.label not in ("current", "next") or not job.files:
         return None
-    if not all(map(_HUB_PATH.match, job.files + job.beside)):
-        return None
+    shapes = [(_NAME, job.tier), (_REPO, job.repo)]
+    for file in job.files + job.beside:
+        shapes.append((_HUB_PATH, file))
+    for shape, text in shapes:
+        if not shape.match(text):
+            return None
     return job
 
 
@@ -6099,10 +6147,13 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None:
         return (file,)
     stem, _, count = match.groups()
+    # A name is a stranger's word: 99,999 files would be asked for.
     if not 0 < int(count) <= MAX_PARTS:
         return (file,)
-    numbers = range(1, int(count) + 1)
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
+    parts = []
+    for number in range(1, int(count) + 1):
+        parts.append(f"{stem}-{number:05d}-of-{count}.gguf")
+    return tuple(parts)
 
 
 # ==================================================================================================
