@@ -6017,7 +6017,7 @@ def render_assignment(shell: str, name: str, value: Optional[str], export: bool 
     return form.format(name=name, word=word)
 
 
-def _render_own(shell: str, name: str, value: str) -> str:
+def render_own_variable(shell: str, name: str, value: str) -> str:
     """A line that sets a variable of the hook's own, which no program is to see."""
     return render_assignment(shell, f"_llmstack_{name}", value, export=False)
 
@@ -6028,9 +6028,9 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
     Sourced twice it is the same as once.
     """
     lines = [
-        _render_own(shell, "python", python),
-        _render_own(shell, "program", program),
-        _render_own(shell, "trust", trust),
+        render_own_variable(shell, "python", python),
+        render_own_variable(shell, "program", program),
+        render_own_variable(shell, "trust", trust),
         text,
     ]
     return "\n".join(lines)
@@ -6046,7 +6046,7 @@ def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable
         kind = kinds.get(name, "s")
         word = shell_quote(shell, value)
         lines.append(f"_llmstack_set {name} {word} {kind}")
-    lines.append(_render_own(shell, "prefix", prefix))
+    lines.append(render_own_variable(shell, "prefix", prefix))
     lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
@@ -6080,7 +6080,7 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     lines = [hook]
     for name, value in values.items():
         lines.append(render_assignment(shell, name, value))
-    lines.append(_render_own(shell, "prefix", prefix))
+    lines.append(render_own_variable(shell, "prefix", prefix))
     text = "\n".join(lines) + "\n"
     if shell == "bash":
         return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
@@ -6208,8 +6208,9 @@ def read_profile(name: str) -> bytes:
     bundled = read_resource("models.ini")
     if name == BUNDLED_PROFILE:
         return bundled
-    own = read_shared_text(f"profiles/{name}.ini")
-    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+    text = bundled.decode("utf-8").replace("\r\n", "\n")
+    text = render_profile(text, read_shared_text(f"profiles/{name}.ini"))
+    return text.encode("utf-8")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -6259,7 +6260,8 @@ class Places(NamedTuple):
 def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
     """The places of the project in a directory."""
     state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+    models_ini = os.path.join(state, "models.ini")
+    return Places(work, state, models_ini, data, env)
 
 
 def _expand(path: str) -> str:
@@ -6291,7 +6293,8 @@ def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
 
 def _is_state(state: str) -> bool:
     """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
-    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
+    files = [os.path.join(state, name) for name in _PROJECT_FILES]
+    return any(map(os.path.lexists, files))
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -6317,12 +6320,9 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return places
 
 
-_IN_ITS_PLACE = "move away what stands in its place"
+_OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
 _PATH_HINTS = {
-    errno.EISDIR: _IN_ITS_PLACE,
-    errno.ENOTDIR: _IN_ITS_PLACE,
-    errno.EEXIST: _IN_ITS_PLACE,
-    errno.EINVAL: _IN_ITS_PLACE,
+    **dict.fromkeys(_OF_ANOTHER_KIND, "move away what stands in its place"),
     errno.EFBIG: "make it smaller",
     errno.ENOSPC: "free some room",
 }
@@ -6330,13 +6330,13 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    usual = "mend its permissions, or those of its directory"
-    return _PATH_HINTS.get(exc.errno or 0, usual)
+    return _PATH_HINTS.get(exc.errno or 0, "mend its permissions, or those of its directory")
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
     """`cannot VERB path: why`, and what to do about it."""
-    return UserError(f"cannot {verb} {path}: {exc.strerror or exc}", path_hint(exc), exit_code)
+    what = f"cannot {verb} {path}: {exc.strerror or exc}"
+    return UserError(what, path_hint(exc), exit_code)
 
 
 # Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
@@ -6361,13 +6361,13 @@ def _close_open_file(handle: int) -> None:
     if IS_WINDOWS:
         return
     status = os.fstat(handle)
-    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_plain or status.st_uid != os.geteuid():
+    mode = status.st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
-    if not status.st_mode & 0o077:
+    if status.st_uid != os.geteuid() or not mode & 0o077:
         return
     try:
-        os.fchmod(handle, status.st_mode & 0o700)
+        os.fchmod(handle, mode & 0o700)
     except OSError:
         # Some file systems have no permissions.
         pass
@@ -6380,9 +6380,11 @@ def close_to_others(*paths: str) -> None:
     """
     if IS_WINDOWS:
         return
+    # A pipe that a clone has put there would be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in paths:
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(path, flags)
         except OSError:
             continue
         try:
@@ -6446,16 +6448,17 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
     Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
     """
     with open(path, "rb", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        parts, size = [], 0
-        # In pieces: /proc/sys refuses to fill megabytes.
-        for part in iter(lambda: file.read(RECV_BYTES), b""):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
-    return b"".join(parts)
+        data = b""
+        while len(data) <= limit:
+            # In pieces: /proc/sys refuses to fill megabytes.
+            part = file.read(RECV_BYTES)
+            if not part:
+                return data
+            data += part
+    raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
 
 
 def read_text(path: str) -> str:
@@ -6571,6 +6574,10 @@ class Card(NamedTuple):
     total_gb: float                             # without the driver's reserve; 0: the machine's
     used_gb: float
 
+    @property
+    def free_gb(self) -> float:
+        return max(0.0, self.total_gb - self.used_gb)
+
 
 def _mib_gb(text: str) -> float:
     """Mebibytes in GB, 0 for [N/A]."""
@@ -6581,15 +6588,15 @@ def _mib_gb(text: str) -> float:
 
 def nvidia_cards() -> List[Card]:
     """What nvidia-smi tells of each card, in its order."""
-    fields = "uuid,memory.total,memory.reserved,memory.used"
-    query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.total,memory.reserved,memory.used",
+               "--format=csv,noheader,nounits"]
     cards = []
-    for line in program_output(["nvidia-smi", *query]).splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) == 4:
-            total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
+    for line in program_output(command).splitlines():
+        uuid, *sizes = map(str.strip, line.split(","))
+        if len(sizes) == 3:
+            total_gb, reserved_gb, used_gb = map(_mib_gb, sizes)
             usable_gb = max(0.0, total_gb - reserved_gb)
-            cards.append(Card(words[0], usable_gb, used_gb))
+            cards.append(Card(uuid, usable_gb, used_gb))
     return cards
 
 
@@ -6622,15 +6629,18 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine
     share_gb = total_gb * HOST_SHARE
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
-        return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
+        source = f"75% of {total_gb:.1f} GB, which the GPU shares"
+        return Machine(share_gb, source, True, True)
     held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
+    # A budget of nothing would stand for one that is not known.
+    free_gb = max(0.1, size_gb - held_gb)
+    each = tuple(card.free_gb for card in cards)
+    return Machine(free_gb, source, True, True, share_gb, each)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -6639,19 +6649,21 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
     driver lets it (GTT).
     """
-    own = _amd_memory_gb("vram")
-    seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
-    sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    own_gb = _amd_memory_gb("vram")
+    # The kernel tells no UUID of an AMD card: a variable can name it by number only.
+    seen = visible_cards([""] * len(own_gb), AMD_VISIBLE, env)
+    sizes_gb = [own_gb[place] for place in seen]
+    cards_gb = [size_gb for size_gb in sizes_gb if size_gb > OWN_MEMORY_GB]
     share_gb = total_gb * HOST_SHARE
-    if sizes:
-        each = tuple(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
-        source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
+    if cards_gb:
+        source = f"{sum(cards_gb):.1f} GB on AMD cards, less 1 GiB each"
+        each = tuple(size_gb - CARD_RESERVE_GB for size_gb in cards_gb)
         return Machine(sum(each), source, True, host_gb=share_gb, cards=each)
-    shared = sum(own) + sum(_amd_memory_gb("gtt"))
-    if not seen or not shared:
+    shared_gb = sum(own_gb) + sum(_amd_memory_gb("gtt"))
+    if not seen or not shared_gb:
         return None
-    source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return Machine(min(shared, share_gb), source, True)
+    source = f"{shared_gb:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    return Machine(min(shared_gb, share_gb), source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -6704,7 +6716,7 @@ def read_memory_state(cards: bool) -> MemoryState:
     if cards:
         found = _seen_nvidia_cards(os.environ)
         if any(card.total_gb for card in found):
-            free_gb = sum(card.total_gb - card.used_gb for card in found)
+            free_gb = sum(card.free_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
         told = program_output(["vm_stat"])
@@ -6801,11 +6813,7 @@ def is_live_terminal() -> bool:
 
 
 class _OutputFailed(Exception):  # noqa: N818
-    """Standard output is closed or full; `message` is "" where that is the reader's will."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    """Standard output is closed or full; says nothing where that is the reader's will."""
 
 
 def may_paint() -> bool:
@@ -6825,20 +6833,22 @@ def write_out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise _OutputFailed("") from None
+        raise _OutputFailed from None
     except OSError as exc:
         raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
 
 
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
-    env, typed = os.environ, sys.argv[0]
-    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env) or find_program("llmstack" + EXE):
+    env = os.environ
+    # In both kinds of shell `llmstack` is a function.
+    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env):
         return "llmstack"
-    if os.path.abspath(typed) != PROGRAM:
+    typed = sys.argv[0]
+    if find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
         return "llmstack"
     # Python has orig_argv since 3.10.
-    python = getattr(sys, "orig_argv", ["python3"])[0]
+    python, *_ = getattr(sys, "orig_argv", ["python3"])
     return f"{os.path.basename(python)} {posix_quote(typed)}"
 
 
@@ -6851,9 +6861,10 @@ def as_called(text: str) -> str:
 
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
-    line = as_called(line)
-    line = visible_colours(line) if may_paint() else visible_lines(line)
-    write_out(line + "\n")
+    fit_to_print = visible_lines
+    if may_paint():
+        fit_to_print = visible_colours
+    write_out(fit_to_print(as_called(line)) + "\n")
 
 
 def as_json(found: Any) -> str:
@@ -6926,6 +6937,7 @@ def shift_logs(path: str, newest: str = "") -> None:
         try:
             os.replace(younger, f"{path}.{number}")
         except OSError:
+            # There are not as many yet.
             pass
 
 
@@ -6975,7 +6987,8 @@ class Log:
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         if not message.isprintable():
             message = visible_lines(message).replace("\n", "\n    ")
-        self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
+        line = f"{self._stamp} {level.upper()} {message}\n"
+        self._waiting.append(line)
         # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
         is_busy = 0 <= now - self._written_s < 0.25
         if rank >= LEVELS["warning"] or not is_busy:
@@ -7145,11 +7158,12 @@ class FileLock:
             return False
 
     def __enter__(self) -> FileLock:
+        path = self._path
         try:
-            make_private_dir(os.path.dirname(self._path))
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            make_private_dir(os.path.dirname(path))
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise path_error("open", self._path, exc) from None
+            raise path_error("open", path, exc) from None
         if not self._try():
             # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
@@ -7172,7 +7186,9 @@ def terminal_columns() -> int:
 
 def live_terminal() -> Optional[TextIO]:
     """What Progress rewrites its line on, None where that cannot be."""
-    return sys.stdout if is_live_terminal() else None
+    if not is_live_terminal():
+        return None
+    return sys.stdout
 
 
 class Progress:
@@ -7208,7 +7224,9 @@ class Progress:
         if self._terminal is not None:
             # A line that wraps cannot be taken back.
             text = text[:terminal_columns() - 1]
-            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            # Blanks cover what stood there of a longer one.
+            covering = text.ljust(len(self._shown))
+            self._terminal.write(f"\r{covering}")
             self._terminal.flush()
             self._shown = text
         # Where no line can be rewritten, a line every few seconds is enough for a log.
@@ -7268,7 +7286,8 @@ def _path_from(base: str, path: str) -> str:
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
-    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    config, warnings = parse_models_ini(text, source)
     if warn is not None:
         for warning in warnings:
             warn(warning)
@@ -7287,7 +7306,8 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
 def ini_line(places: Places, section: str, key: str) -> str:
     """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
     data, source = _models_ini_bytes(places)
-    reader = IniReader(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    reader = IniReader(text, source)
     line = reader.line_of(section, key) or reader.line_of(section)
     return f"{source}:{line}"
 
@@ -7310,14 +7330,12 @@ _SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}
 
 def parse_marker(text: str) -> Optional[Marker]:
     """A marker file's text; None where it is none, or names a URL that is not plainly one."""
-    words = text.split()
-    if words in (["current"], ["next"]):
-        return Marker(words[0])
-    if len(words) != 2 or words[0] != "external":
-        return None
-    if not _SAFE_URL.match(words[1]):
-        return None
-    return Marker("external", words[1])
+    channel, *rest = text.split() or [""]
+    if channel in ("current", "next") and not rest:
+        return Marker(channel)
+    if channel == "external" and len(rest) == 1 and _SAFE_URL.match(rest[0]):
+        return Marker(channel, rest[0])
+    return None
 
 
 def render_marker(marker: Marker) -> str:
@@ -7338,7 +7356,13 @@ def _read_bytes(path: str) -> bytes:
 
 
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
-    return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
+    data = _read_bytes(places.in_state(name))
+    return parse_marker(data.decode("utf-8", "replace"))
+
+
+def pinned_marker(places: Places) -> Marker:
+    """What a project is pinned to: the current channel, where it says nothing else."""
+    return read_marker(places) or Marker("current")
 
 
 # A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
@@ -7377,8 +7401,8 @@ def _ini_effects(places: Places) -> List[Effect]:
     if places.models_ini != places.in_state("models.ini"):
         return []
     try:
-        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
-        config, _ = parse_models_ini(text)
+        data = read_regular(places.models_ini, MAX_INI_BYTES)
+        config, _ = parse_models_ini(decode_models_ini(data))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as exc:
@@ -7387,7 +7411,8 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
     effects = []
     for key, value in config_effects(config):
-        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+        name = f"models.ini {key}"
+        effects.append(Effect(name, value.encode(), f"= {value}"))
     return effects
 
 
@@ -7396,19 +7421,19 @@ def _link_effects(places: Places) -> List[Effect]:
 
     Other files of ours replace a link that they find.
     """
-    logs = places.in_state("logs")
-    paths = [logs]
+    names = ["logs"]
     try:
-        names = sorted(os.listdir(logs))
-        paths += [os.path.join(logs, name) for name in names]
+        for log in sorted(os.listdir(places.in_state("logs"))):
+            names.append(os.path.join("logs", log))
     except OSError:
         # There are no logs yet, or a link leads to no directory.
         pass
     effects = []
-    for path in filter(os.path.islink, paths):
-        target = os.readlink(path)
-        name = os.path.relpath(path, places.state)
-        effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
+    for name in names:
+        path = places.in_state(name)
+        if os.path.islink(path):
+            target = os.readlink(path)
+            effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
     return effects
 
 
@@ -7456,11 +7481,11 @@ def _known(places: Places, what: str) -> Dict[str, Any]:
     return dict_of(_of_project(_ledger(places), places).get(what))
 
 
-def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
-    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
+def _write_known(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Make `known` what _known reads, for who holds the trust_lock. Errors: UserError."""
     ledger = _ledger(places)
     project = _of_project(ledger, places)
-    project[what] = dict(known)
+    project[what] = known
     ledger[os.path.realpath(places.state)] = project
     # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
@@ -7473,8 +7498,7 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        is_known = known.get(effect.name) == _digest(effect.data)
-        if effect.problem or not is_known:
+        if effect.problem or known.get(effect.name) != _digest(effect.data):
             new.append(effect)
     return new
 
@@ -7496,8 +7520,11 @@ def check_links(places: Places) -> None:
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
     """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
-    whole = [effect for effect in effects if not effect.problem]
-    _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
+    known = {}
+    for effect in effects:
+        if not effect.problem:
+            known[effect.name] = _digest(effect.data)
+    _write_known(places, part, known)
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -7509,8 +7536,7 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    written = _known(places, "written")
-    return written.get(name) == _digest(data)
+    return bool(_known(places, "written").get(name) == _digest(data))
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
@@ -7518,7 +7544,7 @@ def _remember(places: Places, name: str, data: bytes) -> None:
     with trust_lock(places):
         written = _known(places, "written")
         written[name] = _digest(data)
-        _note(places, "written", written)
+        _write_known(places, "written", written)
 
 
 def untrusted_line(places: Places) -> str:
@@ -7530,11 +7556,9 @@ def check_run_trust(places: Places) -> None:
     """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
     if is_trusted(places, "run"):
         return
-    # Another start may be writing litellm_config.yaml in this moment.
+    # Another start may have been writing litellm_config.yaml in that moment.
     with trust_lock(places):
         new = untrusted(places, "run", part_effects(places, "run"))
-    if not new:
-        return
     for effect in new:
         if effect.problem:
             # Of a models.ini this says more.
@@ -7542,34 +7566,36 @@ def check_run_trust(places: Places) -> None:
             path = visible(places.in_state(effect.name))
             raise UserError(f"{path} {visible(effect.problem)}",
                             "it cannot be trusted so: mend it, or move it away")
-    what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
-                    f" programs, addresses or other files are named by {what}",
-                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
+    if new:
+        names = ", ".join(effect.name for effect in new)
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                        f" programs, addresses or other files are named by {visible(names)}",
+                        "look at it, then run `llmstack trust`; an edit of your own needs that,"
+                        " too")
 
 
 # What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
 # told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
 # hook) is what a clone would use.
-_HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema",
-    "autoupdate",
-    "disabled_providers",
-    "provider * name",
-    "provider * options headerTimeout",
-    "provider * options chunkTimeout",
-    "provider * models * name",
-    "provider * models * limit",
-    "provider * models * cost",
-    "provider * models * reasoning",
-    "provider * models * tool_call",
-    "provider * models * temperature",
-    "agent * description",
-    "agent * mode",
-    "agent * temperature",
-    "command * description",
-    "command * agent",
-))
+_HARMLESS = [line.split() for line in """\
+$schema
+autoupdate
+disabled_providers
+provider * name
+provider * options headerTimeout
+provider * options chunkTimeout
+provider * models * name
+provider * models * limit
+provider * models * cost
+provider * models * reasoning
+provider * models * tool_call
+provider * models * temperature
+agent * description
+agent * mode
+agent * temperature
+command * description
+command * agent
+""".splitlines()]
 
 
 def _is_harmless(path: Sequence[str], value: Any) -> bool:
@@ -7593,8 +7619,10 @@ def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, st
         for key, inner in value.items():
             yield from _harmful_values(inner, (*path, str(key)))
     elif not _is_harmless(path, value):
-        text = value if isinstance(value, str) else json.dumps(value)
-        yield ".".join(("opencode.json", *path)), text
+        name = ".".join(("opencode.json", *path))
+        if not isinstance(value, str):
+            value = json.dumps(value)
+        yield name, value
 
 
 SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
@@ -7602,13 +7630,12 @@ SHOWN_LINES = 100                              # of litellm_config.yaml, before 
 
 def _config_rows(text: str) -> List[Tuple[str, str]]:
     """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    name = "litellm_config.yaml"
     lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
-    rows = [(name, line) for line in lines[:SHOWN_LINES]]
-    more = len(lines) - len(rows)
+    shown = lines[:SHOWN_LINES]
+    more = len(lines) - len(shown)
     if more:
-        rows.append((name, f"and {more} more lines"))
-    return rows
+        shown.append(f"and {more} more lines")
+    return [("litellm_config.yaml", line) for line in shown]
 
 
 def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
@@ -7634,9 +7661,12 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    shown = [(visible(name, 80), visible(value)) for name, value in rows]
-    width = max(len(name) for name, _ in shown)
-    return [f"{name:<{width}}  {value}" for name, value in shown]
+    names = [visible(name, 80) for name, _ in rows]
+    width = max(map(len, names))
+    lines = []
+    for name, (_, value) in zip(names, rows):
+        lines.append(f"{name:<{width}}  {visible(value)}")
+    return lines
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
@@ -7655,7 +7685,7 @@ def offer_trust(places: Places, say: Say, ask: Ask) -> None:
     if all(is_trusted(places, part) for part in _PARTS):
         return
     new: List[Effect] = []
-    # Another start may be writing litellm_config.yaml in this moment.
+    # Another start may have been writing litellm_config.yaml in that moment.
     with trust_lock(places):
         effects = project_effects(places)
         for part, of_part in effects.items():
@@ -12832,15 +12862,16 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
-    # env looks for a bare name on PATH.
     if "/" in named:
         return named
+    # Behind env stands a bare name, which is one on PATH.
     return find_program(named)
 
 
 def _python_of(program: str) -> str:
     """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
-    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+    name = os.path.basename(program)
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", name):
         return program
     try:
         with open(program, "rb") as file:
@@ -12849,7 +12880,9 @@ def _python_of(program: str) -> str:
         # A program may be executable and not readable.
         python = ""
     if not python:
-        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+        # An environment's programs lie beside its Python.
+        folder = os.path.dirname(os.path.realpath(program))
+        python = os.path.join(folder, "python" + EXE)
     if not os.access(python, os.X_OK):
         raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
                         " nothing would keep web pages away from LiteLLM",
@@ -12866,7 +12899,7 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
         found = _expand(named)
         if os.path.basename(named) == named:
             found = find_program(named, ())
-        if not found or not os.access(found, os.X_OK):
+        if not os.access(found, os.X_OK):
             raise UserError(f"LITELLM_BIN names {named}, which is no program here",
                             "correct it, or leave it out", 2)
         return _python_of(found)
@@ -12907,9 +12940,10 @@ def litellm_config_path(places: Places) -> str:
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
     path = litellm_config_path(places)
+    # The guest refuses a file of another digest: it is not what was trusted.
     digest = _digest(_read_bytes(path))
-    return [*program, digest, "--config", path, "--host", "127.0.0.1",
-            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
+    options = f"--host 127.0.0.1 --port {port} --telemetry False --num_workers 1"
+    return [*program, digest, "--config", path, *options.split()]
 
 
 YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
@@ -12943,7 +12977,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     cache_path = os.path.join(places.data, "litellm.json")
     cache = _read_json(cache_path)
     digest = _digest(data)
-    known = parse_litellm_file(cache.pop(digest, None))
+    known = parse_litellm_file(cache.get(digest))
     if known:
         return known
     try:
@@ -12955,8 +12989,9 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         known = parse_litellm_file(answer)
         if known:
             # Eight versions are enough for the files of the projects in use.
-            latest = dict(list(cache.items())[-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
+            cache[digest] = answer
+            latest = list(cache.items())[-8:]
+            write_atomic(cache_path, json.dumps(dict(latest)))
     except (UserError, UnicodeDecodeError):
         # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
@@ -13001,12 +13036,15 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Option
     program = find_litellm(env, places.data)
     if not program:
         return None
-    command = litellm_command(program, places, config.litellm_port)
+    port = config.litellm_port
+    command = litellm_command(program, places, port)
     lacking = lacking_credentials(places, config, env, True)
-    able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
     # Only what auto may ask is worth a proxy before anybody has asked.
-    preload = any(hosted.role in LADDER_ROLES for hosted in able)
-    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
+    preload = False
+    for hosted in litellm_tiers(config):
+        if hosted.role in LADDER_ROLES and hosted.name not in lacking:
+            preload = True
+    return ProxyPlan(tier, tuple(command), port, PROXY_HEALTH, preload)
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, str]:
@@ -13014,16 +13052,18 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> D
     tiers = litellm_tiers(config)
     if not tiers:
         return {}
-    why = ""
+    why = INSTALL_LITELLM
     try:
-        if not find_litellm(env, places.data):
-            why = INSTALL_LITELLM
+        if find_litellm(env, places.data):
+            why = ""
     except UserError as exc:
         why = str(exc)
     if why:
         return {tier.name: why for tier in tiers}
-    lacking = lacking_credentials(places, config, env, True)
-    return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
+    unserved = {}
+    for name, variables in lacking_credentials(places, config, env, True).items():
+        unserved[name] = f"missing {', '.join(variables)}"
+    return unserved
 
 
 def _extended_litellm(path: str, program: Sequence[str],
@@ -13045,46 +13085,46 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
+    # Where every name stands somewhere in it, nobody is told to put in what is there.
     if all(name in text for name, _ in wanted):
         return {}
     return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str],
-                         say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Say) -> None:
+    """Give litellm_config.yaml an entry for each hosted tier without one.
 
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
     path = litellm_config_path(places)
     wanted = litellm_entries(config)
-    if not wanted:
-        return False
-    there = os.path.exists(path)
+    fate = "not written"
+    if os.path.exists(path):
+        fate = "left alone"
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if there else "not written"
-        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
-            f"{render_litellm_entries(wanted)}")
-        return False
+        entries = render_litellm_entries(wanted)
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n{entries}")
+        return
     for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
     if not answer.get("added"):
-        return False
-    verb = "Extended" if _read_bytes(path) else "Wrote"
+        return
+    verb = "Wrote"
+    if _read_bytes(path):
+        verb = "Extended"
     # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
         write_atomic(path, answer["text"])
         if trusted:
             record_effects(places, "run", part_effects(places, "run"))
-    say(f"{verb} {path}: {', '.join(answer['added'])}")
-    return True
+    added = ", ".join(answer["added"])
+    say(f"{verb} {path}: {added}")
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
+def prepare_hosted(places: Places, config: Config, say: Say, ask: Ask) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -13092,12 +13132,13 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
     """
     if not litellm_tiers(config):
         return ""
-    program = find_litellm(env, places.data)
+    data = places.data
+    program = find_litellm(places.env, data)
     if not program:
-        where = environment_dir(LITELLM, places.data)
+        where = environment_dir(LITELLM, data)
         if ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
-            install_environment(LITELLM, places.data, say)
-            program = find_litellm(env, places.data)
+            install_environment(LITELLM, data, say)
+            program = find_litellm(places.env, data)
     write_litellm_config(places, config, program, say)
     if not program:
         return INSTALL_LITELLM
@@ -15985,20 +16026,19 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
     return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
-                          local: bool = True) -> str:
+def project_opencode_json(places: Places, config: Config, url: str, local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`.
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key = api_key(env)
+    key = api_key(places.env)
     mcp_url = ""
     if local:
-        marker = read_marker(places) or Marker("current")
-        config = true_config(config.on_channel(marker.channel), places)
+        channel = pinned_marker(places).channel
+        config = true_config(config.on_channel(channel), places)
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
-        if any(tier.backend == "litellm" for tier in config.offered):
+        if litellm_tiers(config):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
     return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
@@ -16057,7 +16097,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
     active = read_marker(places, "active-channel")
-    if active is not None and active.channel == "external" and active != marker:
+    if active and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
     if not trust:
         return changed
@@ -16070,15 +16110,13 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     return changed
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
-                   say: Say) -> None:
+def rewire_project(places: Places, config: Config, url: str, say: Say) -> None:
     """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old = _read_bytes(places.in_state("opencode.json"))
-    url = base_url(host, port)
-    text = project_opencode_json(places, config, url, env)
+    text = project_opencode_json(places, config, url)
     ours = _is_ours(places, "opencode.json", old)
     # A file that leads here stays as it is, whoever wrote it.
     if f'"{url}/v1"'.encode() in old:
@@ -16088,9 +16126,9 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    trust = is_new or is_trusted(places, "hook")
-    wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
+    # Where none of them is there yet, what is trusted is nothing.
+    trust = is_trusted(places, "hook")
+    wire_project(places, pinned_marker(places), text, say, trust)
 
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there
@@ -16182,6 +16220,7 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     if isinstance(exc, socket.gaierror):
         return (f"its name is not found ({exc.strerror})",
                 "correct the URL, or give the address in numbers")
+    # The second is what upstream.get() says where bytes come, but too slowly.
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
         return (f"no answer within {REMOTE_PATIENCE_S:g} s",
                 "see that the machine is up and that no firewall stands between")
@@ -16213,15 +16252,18 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
         return (f"redirects to {place or 'nowhere'}",
                 "a login page stands before it: name the router's own address")
     if status == 401:
-        return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
-                "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+        what = "wants an API key"
+        if sent_key:
+            what = "refuses this LLMSTACK_API_KEY"
+        return what, "set LLMSTACK_API_KEY to the router's key, here and where opencode runs"
     if status == 404:
         return (f"answers 404{_said(body)}",
                 "correct the URL: a llmstack router answers there,"
                 " llama-server and llama-swap do not")
     if status != 200:
         return f"answers {status}{_said(body)}", "look at that machine's router.log"
-    if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
+    kind = response.header(b"content-type").lower()
+    if "html" in kind or body.lstrip().startswith(b"<"):
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
     return (f"is no models.ini, {problem}",
@@ -16233,7 +16275,8 @@ def _read_remote(body: bytes, where: str) -> Config:
     try:
         config, _ = parse_models_ini(decode_models_ini(body, where), where)
     except ConfigError as exc:
-        raise ValueError(visible(exc.problems[0].replace(where + ":", "line "))) from None
+        problem = exc.problems[0].replace(where + ":", "line ")
+        raise ValueError(visible(problem)) from None
     if not config.tiers:
         raise ValueError("it names no tier")
     return config
@@ -16289,12 +16332,13 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
-    remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    remote = fetch_remote(trusted_url(places), places.env, insecure)
+    url = remote.url
     # Shells show what runs, and the router has just answered.
-    marker = Marker("external", remote.url)
+    marker = Marker("external", url)
     write_atomic(places.in_state("active-channel"), render_marker(marker))
-    say(f"Router  {remote.url}/v1 is up")
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    say(f"Router  {url}/v1 is up")
+    text = project_opencode_json(places, remote.config, url, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
         say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
             " `llmstack install` writes opencode.json anew")
@@ -16312,12 +16356,14 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     for tier in remote.config.tiers:
         state = states.get(tier.name, (otherwise, None))
         row = _tier_row(tier, state, told.get(tier.name, {}))
-        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
-        rows.append({**row, **shown})
+        for key, value in row.items():
+            if isinstance(value, str):
+                row[key] = visible(value)
+        rows.append(row)
     return rows
 
 
-def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
+def external_status(places: Places) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
     router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
@@ -16333,7 +16379,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         "problem": None,
     }
     try:
-        remote = fetch_remote(trusted_url(places), env)
+        remote = fetch_remote(trusted_url(places), places.env)
     except UserError as exc:
         status["problem"] = f"{exc}; {exc.hint}"
         return status
@@ -16471,18 +16517,21 @@ def _shells_project(env: Mapping[str, str]) -> str:
     if not os.path.isabs(here) or not os.path.samefile(here, "."):
         here = os.getcwd()
     project = project_above(here)
-    return os.path.realpath(project) if project else ""
+    if not project:
+        return ""
+    return os.path.realpath(project)
 
 
 def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     """Give a variable that a hook has set the value from before, where nobody has changed it."""
     new = env.pop(f"_llmstack_new_{name}", None)
     old = env.pop(f"_llmstack_old_{name}", None)
+    kind = env.get(f"_llmstack_had_{name}", "x")
     if new is None or env.get(name) != new:
         return
     del env[name]
-    was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
-    if old is not None and was_set:
+    # A variable of the shell's own was no program's to see.
+    if old is not None and kind == "x":
         env[name] = old
 
 
@@ -16493,7 +16542,10 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     are the first's.
     """
     _, _, project = hook_parts(env)
-    if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
+    # The shell of `start` stays in its project, wherever it goes.
+    if not project or env.get("LLMSTACK_ACTIVE"):
+        return
+    if env.get("LLMSTACK_WORK_DIR") != project:
         return
     try:
         here = _shells_project(env)
@@ -16528,19 +16580,24 @@ def _can_paint(env: Mapping[str, str]) -> bool:
     """Whether a prompt may have a colour of the 256."""
     if env.get("NO_COLOR"):
         return False
-    return bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS)
+    if IS_WINDOWS or env.get("COLORTERM"):
+        return True
+    return "256color" in env.get("TERM", "")
 
 
-def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+def _shell_prefix(shell: str, places: Places, marker: Marker) -> str:
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(env))
+    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(places.env))
 
 
 def hook_text(shell: str, data: str) -> str:
     """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
-    parts = [read_shared_text(f"hooks/{name}") for name in HOOK_SOURCES[shell]]
+    text = ""
+    for name in HOOK_SOURCES[shell]:
+        text += read_shared_text(f"hooks/{name}")
+    # An embedded Python may not know its own program.
     python = sys.executable or find_program("python3")
-    return render_hook(shell, "".join(parts), python, PROGRAM, trust_file(data))
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
@@ -16559,29 +16616,29 @@ def _touch_trust(data: str) -> None:
         pass
 
 
-def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
+def hook_answer(places: Places, shell: str, tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing.
 
     `tell` gets the reason.
     """
-    files = [places.in_state(name) for name in _HOOK_FILES]
+    effects = part_effects(places, "hook")
     # The project may have gone since the shell looked.
-    if not any(map(os.path.lexists, files)):
+    if not effects:
         return ""
-    if not is_trusted(places, "hook"):
+    if untrusted(places, "hook", effects):
         tell(untrusted_line(places))
         return ""
     pin = places.in_state("default-channel")
-    marker = read_marker(places)
-    if marker is None and os.path.exists(pin):
+    if os.path.exists(pin) and read_marker(places) is None:
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
     _touch_trust(places.data)
-    marker = marker or Marker("current")
-    level, of_shell, _ = hook_parts(env)
+    marker = pinned_marker(places)
+    values = shell_values(places, marker)
+    prefix = _shell_prefix(shell, places, marker)
+    level, of_shell, _ = hook_parts(places.env)
     hook = f"{level}:{of_shell}:{places.work}"
-    prefix = _shell_prefix(shell, places, marker, env)
-    return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
+    return render_hook_answer(shell, values, places.env, prefix, hook)
 
 
 def shell_program(env: Mapping[str, str]) -> str:
@@ -16592,9 +16649,10 @@ def shell_program(env: Mapping[str, str]) -> str:
     named = env.get("LLMSTACK_SHELL")
     if named:
         return find_program(named) or named
-    if IS_WINDOWS:
-        return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
-    return env.get("SHELL") or "/bin/sh"
+    if not IS_WINDOWS:
+        return env.get("SHELL") or "/bin/sh"
+    found = find_program("pwsh") or find_program("powershell")
+    return found or env.get("COMSPEC", "cmd.exe")
 
 
 def _write_zdotdir(directory: str, text: str) -> None:
@@ -16622,19 +16680,21 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    prefix = _shell_prefix(shell, places, marker, env)
+    prefix = _shell_prefix(shell, places, marker)
     text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
-        env["ZDOTDIR"] = places.in_state("zdotdir")
-        _write_zdotdir(env["ZDOTDIR"], text)
+        path = places.in_state("zdotdir")
+        _write_zdotdir(path, text)
+        env["ZDOTDIR"] = path
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
     import base64
+    # PowerShell's own way to be given a text: no quote of it can end a word.
     encoded = base64.b64encode(text.encode("utf-16-le")).decode()
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
@@ -16656,7 +16716,7 @@ def _become(command: List[str], env: Mapping[str, str]) -> int:
     return subprocess.call(command, env=env)
 
 
-def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
+def open_shell(places: Places, marker: Marker) -> int:
     """Become a shell in which opencode finds the project; does not return but on Windows.
 
     The process is replaced rather than waited for: job control, signals and the exit code are the
@@ -16664,14 +16724,14 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
-    places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
+    places = places_at(places.data, work, places.env)
     values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
     inside = dict(values)
-    for name, value in env.items():
+    for name, value in places.env.items():
         # What a hook has noted for itself is of the shell around this one.
         if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
             inside.setdefault(name, value)
-    program = shell_program(env)
+    program = shell_program(places.env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
     try:
@@ -16683,7 +16743,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
 
 def _shown_marker(places: Places) -> Marker:
     """The channel that a running shell is to show: what runs, else what the project pins."""
-    pinned = read_marker(places) or Marker("current")
+    pinned = pinned_marker(places)
     active = read_marker(places, "active-channel") or pinned
     # An address in active-channel is nothing that was trusted.
     if "external" in (active.channel, pinned.channel):
@@ -16691,26 +16751,30 @@ def _shown_marker(places: Places) -> Marker:
     return active
 
 
-def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
+def shell_lines(places: Places, shell: str) -> str:
     """What a running shell is to evaluate so that it has the project as it is now.
 
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
-    inside = bool(env.get("LLMSTACK_ACTIVE"))
-    if hooked_shell(env) and not inside:
-        return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
+    inside = bool(places.env.get("LLMSTACK_ACTIVE"))
+    if hooked_shell(places.env) and not inside:
+        return render_own_variable(shell, "key", "?") + "\n"
     if not is_trusted(places, "hook"):
         return ""
     marker = _shown_marker(places)
-    values = shell_values(places, marker)
-    lines = []
-    for name in SHELL_VARIABLES:
-        if name in values or (inside and name in env):
-            lines.append(render_assignment(shell, name, values.get(name)))
+    values: Dict[str, Optional[str]] = {**shell_values(places, marker)}
     if inside:
-        prefix = _shell_prefix(shell, places, marker, env)
-        lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
+        # The shell of `start` has nothing of before to go back to.
+        for name in SHELL_VARIABLES:
+            if name in places.env:
+                values.setdefault(name, None)
+    lines = []
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    if inside:
+        prefix = _shell_prefix(shell, places, marker)
+        lines.append(render_own_variable(shell, "prefix", prefix))
     return "\n".join(lines) + "\n"
 
 
@@ -17328,7 +17392,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if marker.channel == "external":
         stays = ""
     say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
-    return open_shell(places, env, marker)
+    return open_shell(places, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
@@ -17443,10 +17507,9 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(result)
 
 
-def _warn_unserved(places: Places, config: Config,
-                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+def _warn_unserved(places: Places, config: Config, ask: Ask = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, places.env, say, ask)
+    why = prepare_hosted(places, config, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
@@ -17482,7 +17545,7 @@ def _bring_up(args: Any, again: bool) -> int:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
         return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
-    rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
+    rewire_project(places, plan.config, plan.url, say)
     # Whoever restarts knows these two.
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
@@ -17537,7 +17600,7 @@ def _cmd_stop(args: Any) -> int:
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     if pinned_url(places):
-        return {**external_status(places, places.env), "downloads": []}
+        return {**external_status(places), "downloads": []}
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
@@ -17692,7 +17755,7 @@ def _cmd_reload(args: Any) -> int:
         tell = say
     if not args.demo:
         shell = args.shell or _shell_in_use(places.env)
-        _say_raw(shell_lines(places, shell, places.env))
+        _say_raw(shell_lines(places, shell))
         if not is_trusted(places, "hook"):
             tell(untrusted_line(places))
         if pinned_url(places):
@@ -17728,7 +17791,7 @@ def _cmd_hook(shell: str, directory: str) -> int:
     It does without argparse, whose import takes longer than all of it.
     """
     places = places_at(data_dir(os.environ), os.path.realpath(directory))
-    _say_raw(hook_answer(places, shell, places.env, _tell))
+    _say_raw(hook_answer(places, shell, _tell))
     return 0
 
 
@@ -17779,7 +17842,7 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, places.env, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, places.env, local=False)
+    text = project_opencode_json(places, remote.config, remote.url, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
@@ -17806,7 +17869,7 @@ def _install_local(args: Any, places: Places) -> int:
     config = config.on_channel(chosen_channel(places, config, args.channel))
     config = true_config(config, places, warn)
     url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, places.env)
+    text = project_opencode_json(places, config, url)
     if args.print:
         say(text.rstrip("\n"))
         return 0
@@ -18142,8 +18205,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         # `llmstack status | head` closes its output and wants no message.
-        if exc.message:
-            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
+        if exc.args:
+            _tell(f"llmstack: error: {exc}\nhint: redirect the output elsewhere")
         return 1
 
 

@@ -447,7 +447,8 @@ def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it() -> None
     config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
     assert llmstack.unserved_hosted(places, config, {}) == {"code-ultra": llmstack.INSTALL_LITELLM}
     asked: list[str] = []
-    why = llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    why = llmstack.prepare_hosted(places._replace(env={}), config, llmstack.say,
+                                  lambda question: bool(asked.append(question)))
     assert why == llmstack.INSTALL_LITELLM
     assert asked[0].startswith("Hosted tiers need LiteLLM's proxy")
     assert Path(".llmstack/litellm_config.yaml").exists(), "the entries do not depend on it"
