@@ -245,6 +245,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
+        self.problems: Sequence[str] = (message,)
         self.hint = hint
         self.exit_code = exit_code
 
@@ -254,7 +255,7 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems), "mend the lines above, then run the command again", 2)
-        self.problems = tuple(problems)
+        self.problems = problems
 
 
 class HttpError(Exception):
@@ -17322,14 +17323,13 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
+        text = decode_models_ini(*_models_ini_bytes(places))
+        check_queued(config, profile_of(text))
         return "next"
-    marker = read_marker(places)
-    if not running and marker:
-        running = marker.channel
-    if running != "next":
+    channel = running or pinned_marker(places).channel
+    if channel != "next":
         return "current"
-    if not any(t.has_next for t in config.tiers):
+    if not any(tier.has_next for tier in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
         return "current"
     return "next"
@@ -17348,20 +17348,23 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
 
     Errors: UserError.
     """
-    host, port, channel = config.host, config.router_port, ""
+    host, port = config.host, config.router_port
+    running = ""
     record = running_record(places)
     if record is not None:
-        host, port, channel = record.host, record.port, record.channel
-    host, port = args.host or host, args.port or port
+        host, port = record.host, record.port
+        running = record.channel
+    host = args.host or host
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
+    port = args.port or port
     # Before anything is started: others could reach it from its first second.
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
-    config = config.on_channel(chosen_channel(places, config, args.channel, channel))
-    return Plan(places, config, host, port, kind)
+    channel = chosen_channel(places, config, args.channel, running)
+    return Plan(places, config.on_channel(channel), host, port, kind)
 
 
 def port_number(text: str) -> int:
@@ -17418,8 +17421,8 @@ def extra_names() -> List[str]:
     except OSError:
         # A copy of this file alone has none.
         pass
-    found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
-    return sorted(match.group(1).replace("_", "-") for match in found if match)
+    names = re.findall(r"(?m)^extras/([a-z_]+)\.py$", "\n".join(files))
+    return sorted(name.replace("_", "-") for name in names)
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -17616,12 +17619,15 @@ def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     drafting = value_in(rows.get("now"), "drafting")
     for row in rows["tiers"]:
         name = row["name"]
-        if row.get("settings"):
-            notes.append(f"{name}: {visible(row['settings'])}")
-        if row.get("parking"):
-            notes.append(f"Note: {name}: parking {row['parking']}")
-        if text_in(drafting, name):
-            notes.append(f"Note: {name}: {text_in(drafting, name)}")
+        # A thin client's rows have neither of these two.
+        settings, parking = row.get("settings"), row.get("parking")
+        if settings:
+            notes.append(f"{name}: {visible(settings)}")
+        if parking:
+            notes.append(f"Note: {name}: parking {parking}")
+        drafts = text_in(drafting, name)
+        if drafts:
+            notes.append(f"Note: {name}: {drafts}")
     return notes
 
 
@@ -17650,11 +17656,13 @@ _SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
+    state = row["state"]
+    row = {**row, "state": _SNAPSHOT_WORDS.get(state, state)}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
-    if not cached_model(weights_for(tier), places.env):
+    weights = weights_for(tier)
+    if not cached_model(weights, places.env):
         row.update(state="not here", reason=fetching_words(tier))
     return row
 
@@ -17670,40 +17678,45 @@ def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
 
 def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     """What there is to say of a stack that is down, ailing or older than this program."""
-    lines = [f"Project  {rows['project']}"]
-    if rows["channel"]:
-        lines[0] += f" ({rows['channel']})"
-    if rows.get("problem"):
-        return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
-    lines.append(_part_line("router", rows["router"]))
+    channel, problem = rows["channel"], rows.get("problem")
+    title = f"Project  {rows['project']}"
+    if channel:
+        title += f" ({channel})"
+    if problem:
+        # A thin client whose router is down has no tiers to show.
+        return [title, f"Router   {paint('not reached', '31')}, {problem}"]
+    lines = [title, _part_line("router", rows["router"])]
     # The engine of a thin client is on another machine.
-    if rows["channel"] != "external":
+    if channel != "external":
         lines.append(_part_line("engine", rows["engine"]))
-    tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
-             for row in rows["tiers"]]
-    # A thin client whose router is down has no tiers to show.
+    tiers = []
+    for row in rows["tiers"]:
+        row = _at_rest(row, rows, places, config)
+        tiers.append(tier_line(row, {}, time.time()))
+    columns = output_columns()
     if tiers:
-        lines += ["", *render_table(tiers, output_columns(), paint)]
+        lines += ["", *render_table(tiers, columns, paint)]
     lines += _status_notes(rows)
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+    pressure = rows.get("memory_pressure")
+    if pressure:
+        lines.append(f"Memory   {paint(pressure, '33')}: idle models are unloaded,"
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    lines += download_lines(rows, output_columns())
+    lines += download_lines(rows, columns)
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
 
 
 def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
-    now = rows.get("now") or {}
     # A router of an older version tells no snapshot.
-    if not rows["running"] or not dicts_in(now, "tiers"):
+    told = rows.get("now") or {}
+    if not rows["running"] or not dicts_in(told, "tiers"):
         return _status_of_parts(rows, places, config)
-    now = {**now, "downloads": rows["downloads"]}
+    snapshot = {**told, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
+    lines = render_snapshot(snapshot, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -17712,7 +17725,10 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return run_extra("watch", ["--demo"] if args.demo else [])
+        words = []
+        if args.demo:
+            words = ["--demo"]
+        return run_extra("watch", words)
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -17723,9 +17739,12 @@ def _cmd_status(args: Any) -> int:
         # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
+    lines = _status_lines(rows, places, config)
+    code = 1
+    if rows["running"]:
+        code = 0
     # Its problems come last, where they are read.
-    return show(Result(rows, _status_lines(rows, places, config), int(not rows["running"]),
-                       args.json, problem=broken))
+    return show(Result(rows, lines, code, args.json, problem=broken))
 
 
 def _shell_in_use(env: Mapping[str, str]) -> str:
@@ -17737,14 +17756,15 @@ def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
     if not text:
         return
+    text = text.rstrip("\n")
     # On a terminal the text is shown, and not evaluated.
     if sys.stdout.isatty():
-        say(text.rstrip("\n"))
+        say(text)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and the shell needs them as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
-    write_out(text.rstrip("\n") + "\n")
+    write_out(text + "\n")
 
 
 def _cmd_reload(args: Any) -> int:
@@ -17790,7 +17810,8 @@ def _cmd_hook(shell: str, directory: str) -> int:
 
     It does without argparse, whose import takes longer than all of it.
     """
-    places = places_at(data_dir(os.environ), os.path.realpath(directory))
+    work = os.path.realpath(directory)
+    places = places_at(data_dir(os.environ), work)
     _say_raw(hook_answer(places, shell, _tell))
     return 0
 
@@ -17806,7 +17827,7 @@ def _cmd_trust(args: Any) -> int:
                         "run `llmstack install` there")
     # Read first: what changes behind the showing is not trusted.
     effects = project_effects(places)
-    every = [effect for part in effects.values() for effect in part]
+    every = list(itertools.chain(*effects.values()))
     for line in trust_facts(places, every):
         say(line)
     trust_effects(places, effects)
@@ -17818,8 +17839,7 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _default_remote() -> str:
-    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
@@ -17829,7 +17849,7 @@ def _external_url(args: Any, places: Places) -> str:
     named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
     # --external without a URL is the environment's, else the usual address.
     if args.external is not None:
-        return args.external or named or _default_remote()
+        return args.external or named or DEFAULT_REMOTE
     return named or trusted_url(places)
 
 
@@ -17842,15 +17862,16 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, places.env, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, local=False)
+    config, url = remote.config, remote.url
+    text = project_opencode_json(places, config, url, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
     check_state(places)
     leave_daemons(places, remote, say)
-    _wire(places, Marker("external", remote.url), text, remote.config)
-    names = ", ".join(t.name for t in remote.config.tiers)
-    say(f"This project uses the router at {remote.url}: {names}.")
+    _wire(places, Marker("external", url), text, config)
+    names = ", ".join(tier.name for tier in config.tiers)
+    say(f"This project uses the router at {url}: {names}.")
     if args.insecure:
         warn("its certificate was not verified; opencode verifies it, so name it in"
              " NODE_EXTRA_CA_CERTS before you run that")
@@ -17866,14 +17887,13 @@ def _install_local(args: Any, places: Places) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, ask_person)
-    config = config.on_channel(chosen_channel(places, config, args.channel))
-    config = true_config(config, places, warn)
+    channel = chosen_channel(places, config, args.channel)
+    config = true_config(config.on_channel(channel), places, warn)
     url = base_url(*router_address(places, config))
     text = project_opencode_json(places, config, url)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = config.channel
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -17931,12 +17951,18 @@ class Argument(NamedTuple):
     settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _option(names: str, about: str, **settings: Any) -> Argument:
+def _argument(names: str, about: str, **settings: Any) -> Argument:
     return Argument(names, {"help": about, **settings})
 
 
-def _flag(names: str, about: str) -> Argument:
-    return _option(names, about, action="store_true")
+def _switch(names: str, about: str) -> Argument:
+    return _argument(names, about, action="store_true")
+
+
+def _channel(channel: str, about: str) -> Argument:
+    """The option that chooses a channel: none of them leaves "", which stands for neither."""
+    return _argument(f"--{channel}", about, dest="channel", action="store_const", const=channel,
+                     default="")
 
 
 class Command(NamedTuple):
@@ -17949,90 +17975,84 @@ class Command(NamedTuple):
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
 
 
-_CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
-_NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
-                const="next", **_CHANNEL)
-_CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
-                   const="current", **_CHANNEL)
-_HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
-_PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
-                type=port_number)
-_JSON = _flag("--json", "for programs")
-_DEMO = _flag("--demo", "the demo's")
-_PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
-                   f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
-                   metavar="NAME", default="")
-_STACK_OPTIONS = (
-    _flag("--detach --no-shell", "daemons only, no shell"),
-    _flag("--demo", "a small model of its own, for a first look on any machine"),
+_NEXT = _channel("next", "run the queued upgrades (hf_file_next, model_next)")
+_DEMO = _switch("--demo", "the demo's")
+_PROFILE = _argument("--profile", "for a directory without models.ini: the tiers for a machine with"
+                     f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
+                     metavar="NAME", default="")
+_STACK_ARGUMENTS = (
+    _switch("--detach --no-shell", "daemons only, no shell"),
+    _switch("--demo", "a small model of its own, for a first look on any machine"),
     _NEXT,
-    _CURRENT,
-    _HOST,
-    _PORT,
-    _flag("--insecure", "thin client: do not verify the router's certificate"),
+    _channel("current", "run the current models, whatever LLMSTACK_USE_NEXT says"),
+    _argument("--host", "address to listen on (models.ini: host)", metavar="H"),
+    _argument("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
+              type=port_number),
+    _switch("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
         " models.ini where there is none. Without an option the channel stays as it is.",
-        (_flag("--insecure", "do not verify that router's certificate"),
+        (_switch("--insecure", "do not verify that router's certificate"),
          _PROFILE,
-         _flag("-n --print", "print opencode.json and write nothing")),
-        (_option("--current", "pin the current models", const="current", **_CHANNEL),
-         _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
-                 **_CHANNEL),
-         _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                 f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const=""))),
+         _switch("-n --print", "print opencode.json and write nothing")),
+        (_channel("current", "pin the current models"),
+         _channel("next", "pin the queued upgrades (hf_file_next, model_next)"),
+         _argument("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                   f" {DEFAULT_REMOTE}) instead of one of this project",
+                   metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
         " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
         " (see activate), a shell follows in which opencode finds the project.",
-        (_PROFILE, *_STACK_OPTIONS)),
+        (_PROFILE, *_STACK_ARGUMENTS)),
     "stop": Command(
         _cmd_stop, "stop this project's daemons",
         "Stop this project's daemons and the model servers they started, and nothing else.",
-        (_flag("--demo", "stop the demo's"),
-         _flag("--forget", "and delete every parked conversation"))),
+        (_switch("--demo", "stop the demo's"),
+         _switch("--forget", "and delete every parked conversation"))),
     "restart": Command(
         functools.partial(_bring_up, again=True), "stop, then start",
         "Stop and start again, on the same address and channel unless told otherwise. Loaded"
         " models are unloaded.",
-        _STACK_OPTIONS),
+        _STACK_ARGUMENTS),
     "status": Command(
         _cmd_status, "what runs, and in what state",
         "Show the daemons and the tiers, probed now. Exit code 0 when the stack is up, 1 when it is"
         " not.",
-        (_JSON, _flag("--watch", "go on showing it, until Ctrl-C"), _DEMO)),
+        (_switch("--json", "for programs"),
+         _switch("--watch", "go on showing it, until Ctrl-C"),
+         _DEMO)),
     "reload": Command(
         _cmd_reload, "let the running router and this shell read the project again",
         "Check models.ini and have the router read it again: routing changes at once, without a"
         " restart. Tiers and flags of models need `llmstack restart`. Printed is what the shell is"
         " to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.",
         (_DEMO,
-         _option("--shell", "whose language to print (default: that of the hook, of"
-                 " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
+         _argument("--shell", "whose language to print (default: that of the hook, of"
+                   " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
         " In the shell's start-up file: eval \"$(llmstack activate zsh)\".",
-        (_option("shell", "whose hook", choices=SHELLS),)),
+        (_argument("shell", "whose hook", choices=SHELLS),)),
     "trust": Command(
         _cmd_trust, "let a project's .llmstack/ take effect on this machine",
         "Show what a project's .llmstack/ would put into effect, and trust it as it is now. What"
         " `install` writes is trusted already; a changed file is to be trusted again.",
-        (_option("directory", "the project (default: the one we are in)", metavar="DIR",
-                 nargs="?"),)),
+        (_argument("directory", "the project (default: the one we are in)", metavar="DIR",
+                   nargs="?"),)),
     "version": Command(_cmd_version, "print the version"),
     "help": Command(None, "list the commands, or explain one", arguments=(
-        _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
+        _argument("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
     "_daemon": Command(_cmd_daemon, arguments=(
         _NEXT,
-        _option("--host", "", required=True),
-        _option("--port", "", type=port_number, required=True),
-        _option("--engine", "", required=True))),
+        _argument("--host", "", required=True),
+        _argument("--port", "", type=port_number, required=True),
+        _argument("--engine", "", required=True))),
     "_download": Command(_cmd_download_worker),
 }
 
@@ -18057,10 +18077,13 @@ def render_examples(prog: str) -> str:
         lines = read_shared_text("examples.txt").splitlines()
     except UserError:
         return ""
-    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    if not mine:
+    text = ""
+    for line in lines:
+        if line.startswith(f"{prog} "):
+            text += f"  {line}\n"
+    if not text:
         return ""
-    return "\nexamples:\n" + "".join(mine)
+    return "\nexamples:\n" + text
 
 
 def new_parser(prog: str, description: str, **options: Any) -> Any:
@@ -18099,10 +18122,10 @@ def command_parser(name: str) -> Any:
     parser = new_parser("llmstack " + name, command.description)
     if command.one_of:
         group = parser.add_mutually_exclusive_group()
-        for option in command.one_of:
-            group.add_argument(*option.names.split(), **option.settings)
-    for option in command.arguments:
-        parser.add_argument(*option.names.split(), **option.settings)
+        for argument in command.one_of:
+            group.add_argument(*argument.names.split(), **argument.settings)
+    for argument in command.arguments:
+        parser.add_argument(*argument.names.split(), **argument.settings)
     parser.set_defaults(run=command.run)
     return parser
 
@@ -18129,11 +18152,13 @@ def render_help() -> str:
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        summaries = {name: _summary(name) for name in names}
-        here = [name for name in names if summaries[name]]
-        if here:
-            lines += ["", heading]
-        lines += [f"  {name:<18}  {summaries[name]}" for name in here]
+        rows = []
+        for name in names:
+            about = _summary(name)
+            if about:
+                rows.append(f"  {name:<18}  {about}")
+        if rows:
+            lines += ["", heading, *rows]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -18189,8 +18214,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         # A models.ini has all its problems shown at once.
-        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
-        for problem in problems:
+        for problem in exc.problems:
             _tell(f"llmstack: error: {problem}")
         if exc.hint:
             _tell(f"hint: {exc.hint}")
