@@ -255,7 +255,7 @@ class ConfigError(UserError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems), "mend the lines above, then run the command again", 2)
-        self.problems = problems
+        self.problems = tuple(problems)
 
 
 class HttpError(Exception):
@@ -284,6 +284,7 @@ class LoadError(Exception):
 # ==================================================================================================
 
 
+# What follows the host is its end, a port or a path: 127.0.0.1.example.com is another's.
 _LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
 
 
@@ -379,6 +380,7 @@ class Routing(NamedTuple):
     stay_s: int = 10                            # ...while leaving it costs more
 
 
+# All layers on the GPU, and a KV cache of 8 bits, which takes half of what f16 does.
 DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
     ("n_gpu_layers", "999"),
     ("flash_attn", "on"),
@@ -423,7 +425,8 @@ class Config(_Settings):
     def on_channel(self, channel: str) -> Config:
         """The same with its tiers on a channel: everything behind this asks them alone."""
         tiers = tuple(tier.on_channel(channel) for tier in self.tiers)
-        if channel != "next":                   # "": nothing runs; external: another's to say
+        # "" is said where nothing runs, external where it is another's to say.
+        if channel != "next":
             channel = "current"
         return self._replace(tiers=tiers, channel=channel)
 
@@ -1594,6 +1597,8 @@ _ROPE = re.compile(
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
+# ---- what may be a secret
+
 # Names that would hold a secret, whatever the value; values that look like one, whatever the name.
 _SECRET_NAME = re.compile(
     r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
@@ -1622,6 +1627,9 @@ _MAY_LOOK_RANDOM = frozenset({
 _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/]{32,}={0,2}\Z")
 
 Shape = Union[str, Pattern[str]]
+
+
+# ---- what a value is, by the kind of its option
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -1886,6 +1894,9 @@ def parse_value(option: Option, text: str) -> Any:
     return _READERS[kind](text)
 
 
+# ---- the lines of the file
+
+
 class IniLine(NamedTuple):
     """A [section], or a key with its value, and where it stands."""
 
@@ -2070,6 +2081,9 @@ class IniReader:
 def holds_secret(text: str) -> bool:
     """True when a models.ini, comments included, would give a secret away to its readers."""
     return IniReader(text).holds_secret
+
+
+# ---- what goes together: hosts, models, names, ports
 
 
 def _check_host(reader: IniReader, tier: Tier) -> None:
@@ -2333,6 +2347,9 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     if reader.problems:
         raise ConfigError(reader.shown_problems())
     return config, tuple(reader.warnings)
+
+
+# ---- what needs trust
 
 
 def _effect_text(option: Option, value: Any) -> str:
@@ -3158,10 +3175,10 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     return found
 
 
-def check_queued(config: Config, profile: str = "") -> None:
-    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+def check_queued(config: Config, profile: str) -> None:
+    """The next channel needs an upgrade to run.
 
-    Errors: UserError.
+    `profile`: what the models.ini was made of, "" where it does not say. Errors: UserError.
     """
     if any(tier.has_next for tier in config.tiers):
         return
@@ -4655,7 +4672,7 @@ class LitellmEntry(NamedTuple):
     """An entry of model_list, as LiteLLM's own parser reads it."""
 
     model: str
-    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    references: Sequence[str] = ()              # the NAMEs of os.environ/NAME
     has_key: bool = False
     has_base: bool = False
 
@@ -4672,11 +4689,10 @@ def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
     entries = {}
     try:
         for name, entry in answer["entries"].items():
-            references = tuple(entry["references"])
-            entries[name] = LitellmEntry(
-                entry["model"], references, entry["has_key"], entry["has_base"])
+            entries[name] = LitellmEntry(**entry)
         return LitellmFile(entries, frozenset(answer["environment"]))
     except (AttributeError, KeyError, TypeError):
+        # It has no entries, or an older version of the guest has answered.
         return None
 
 
@@ -6230,6 +6246,9 @@ def guest_command(python: str, name: str) -> List[str]:
     return [python, path]
 
 
+# ---- where a project and its files are
+
+
 class Places(NamedTuple):
     """Directories and files of one invocation, absolute, and the environment it works in.
 
@@ -6320,6 +6339,8 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
         return places._replace(models_ini=_expand(env["LLMSTACK_MODELS_INI"]))
     return places
 
+
+# ---- files
 
 _OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
 _PATH_HINTS = {
@@ -6487,6 +6508,9 @@ def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
 
 def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
+
+
+# ---- small system programs, and the memory there is
 
 
 def program_output(command: Sequence[str]) -> str:
@@ -6735,6 +6759,8 @@ def read_memory_state(cards: bool) -> MemoryState:
     )
 
 
+# ---- what people read, and are asked
+
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
 # output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
 # direction of text, line ends of Unicode's own. Wherever text leaves for a terminal or a log, it
@@ -6910,6 +6936,9 @@ def _never_ask(_: str) -> Optional[bool]:
     return None
 
 
+# ---- logs
+
+
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
@@ -7053,6 +7082,8 @@ def tail_of(path: str, lines: int = 12) -> str:
     return "\n".join(visible_lines(line) for line in last)
 
 
+# ---- a process and its threads
+
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
 
 
@@ -7176,6 +7207,8 @@ class FileLock:
         os.close(self._file)
 
 
+# ---- progress
+
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
 
@@ -7259,6 +7292,9 @@ class Progress:
 # trust.json, and starts nothing.
 
 
+# ---- its configuration
+
+
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
     """(what models.ini holds, its name for people), or the bundled one. Errors: UserError."""
     path = places.models_ini
@@ -7313,6 +7349,9 @@ def ini_line(places: Places, section: str, key: str) -> str:
     return f"{source}:{line}"
 
 
+# ---- its channel
+
+
 class Marker(NamedTuple):
     """What a project is pinned to (default-channel) or runs (active-channel).
 
@@ -7331,12 +7370,15 @@ _SAFE_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}
 
 def parse_marker(text: str) -> Optional[Marker]:
     """A marker file's text; None where it is none, or names a URL that is not plainly one."""
-    channel, *rest = text.split() or [""]
-    if channel in ("current", "next") and not rest:
-        return Marker(channel)
-    if channel == "external" and len(rest) == 1 and _SAFE_URL.match(rest[0]):
-        return Marker(channel, rest[0])
-    return None
+    words = text.split()
+    if words in (["current"], ["next"]):
+        return Marker(words[0])
+    if len(words) != 2:
+        return None
+    channel, url = words
+    if channel != "external" or not _SAFE_URL.match(url):
+        return None
+    return Marker(channel, url)
 
 
 def render_marker(marker: Marker) -> str:
@@ -7365,6 +7407,8 @@ def pinned_marker(places: Places) -> Marker:
     """What a project is pinned to: the current channel, where it says nothing else."""
     return read_marker(places) or Marker("current")
 
+
+# ---- what takes effect, and the ledger of what is trusted
 
 # A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
 # `start` would run or send credentials to, takes effect only as it was when `install` wrote it
@@ -7468,26 +7512,21 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
-def _ledger(places: Places) -> Dict[str, Any]:
-    return _read_json(trust_file(places.data))
-
-
-def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
-    """What the ledger has of a project, part by part."""
-    return dict_of(ledger.get(os.path.realpath(places.state)))
+def _read_ledger(places: Places) -> Tuple[Dict[str, Any], str]:
+    """The ledger, and the name of this project in it."""
+    return _read_json(trust_file(places.data)), os.path.realpath(places.state)
 
 
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    return dict_of(_of_project(_ledger(places), places).get(what))
+    ledger, project = _read_ledger(places)
+    return dict_of(dict_of(ledger.get(project)).get(what))
 
 
 def _write_known(places: Places, what: str, known: Mapping[str, str]) -> None:
     """Make `known` what _known reads, for who holds the trust_lock. Errors: UserError."""
-    ledger = _ledger(places)
-    project = _of_project(ledger, places)
-    project[what] = known
-    ledger[os.path.realpath(places.state)] = project
+    ledger, project = _read_ledger(places)
+    ledger[project] = {**dict_of(ledger.get(project)), what: known}
     # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
@@ -7546,6 +7585,9 @@ def _remember(places: Places, name: str, data: bytes) -> None:
         written = _known(places, "written")
         written[name] = _digest(data)
         _write_known(places, "written", written)
+
+
+# ---- what is shown of it, and asked
 
 
 def untrusted_line(places: Places) -> str:
@@ -7662,12 +7704,13 @@ def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
     rows = [("project", places.work)]
     for effect in effects:
         rows += _effect_rows(effect)
-    names = [visible(name, 80) for name, _ in rows]
-    width = max(map(len, names))
-    lines = []
-    for name, (_, value) in zip(names, rows):
-        lines.append(f"{name:<{width}}  {visible(value)}")
-    return lines
+    width = 0
+    shown = []
+    for name, value in rows:
+        name = visible(name, 80)
+        width = max(width, len(name))
+        shown.append((name, visible(value)))
+    return [f"{name:<{width}}  {value}" for name, value in shown]
 
 
 def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
@@ -16132,6 +16175,8 @@ def rewire_project(places: Places, config: Config, url: str, say: Say) -> None:
     wire_project(places, pinned_marker(places), text, say, trust)
 
 
+# ---- the thin client
+
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there
 # each time. Nothing that comes from there is used before its size and its type are checked.
 
@@ -16502,7 +16547,7 @@ HOOK_FILES = {
 
 def _is_hooked(state: str) -> bool:
     """True for the .llmstack/ of a project as the shell hooks see it."""
-    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    files = [os.path.join(state, name) for name in ("default-channel", "opencode.json")]
     return any(map(os.path.isfile, files))
 
 
@@ -16515,7 +16560,8 @@ def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
     # $PWD has the shell's spelling: a link in it may lead out of a project.
     here = env.get("PWD", "")
-    if not os.path.isabs(here) or not os.path.samefile(here, "."):
+    is_ours = os.path.isabs(here) and os.path.samefile(here, ".")
+    if not is_ours:
         here = os.getcwd()
     project = project_above(here)
     if not project:
@@ -16527,11 +16573,11 @@ def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     """Give a variable that a hook has set the value from before, where nobody has changed it."""
     new = env.pop(f"_llmstack_new_{name}", None)
     old = env.pop(f"_llmstack_old_{name}", None)
-    kind = env.get(f"_llmstack_had_{name}", "x")
     if new is None or env.get(name) != new:
         return
     del env[name]
     # A variable of the shell's own was no program's to see.
+    kind = env.get(f"_llmstack_had_{name}", "x")
     if old is not None and kind == "x":
         env[name] = old
 
@@ -16569,10 +16615,11 @@ def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
     config = places.in_state("opencode.json")
     if os.path.isfile(config):
         values["OPENCODE_CONFIG"] = config
+    channel = marker.channel
     values["LLMSTACK_WORK_DIR"] = places.work
-    values["LLMSTACK_CHANNEL"] = marker.channel
+    values["LLMSTACK_CHANNEL"] = channel
     values["LLMSTACK_ROOT"] = os.path.dirname(PROGRAM)
-    if marker.channel == "external":
+    if channel == "external":
         values["LLMSTACK_REMOTE_URL"] = marker.url
     return values
 
@@ -16588,7 +16635,8 @@ def _can_paint(env: Mapping[str, str]) -> bool:
 
 def _shell_prefix(shell: str, places: Places, marker: Marker) -> str:
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(places.env))
+    colour = _can_paint(places.env)
+    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
 
 
 def hook_text(shell: str, data: str) -> str:
@@ -16604,8 +16652,9 @@ def hook_text(shell: str, data: str) -> str:
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(hook_text(shell, data))
-    write_where_other(path, raw)
+    text = hook_text(shell, data)
+    # In it stand paths, whose bytes need be no text.
+    write_where_other(path, os.fsencode(text))
     return path
 
 
@@ -16637,6 +16686,7 @@ def hook_answer(places: Places, shell: str, tell: Say) -> str:
     marker = pinned_marker(places)
     values = shell_values(places, marker)
     prefix = _shell_prefix(shell, places, marker)
+    # The shell's part stays, and the project's is this one from now on.
     level, of_shell, _ = hook_parts(places.env)
     hook = f"{level}:{of_shell}:{places.work}"
     return render_hook_answer(shell, values, places.env, prefix, hook)
@@ -16652,8 +16702,11 @@ def shell_program(env: Mapping[str, str]) -> str:
         return find_program(named) or named
     if not IS_WINDOWS:
         return env.get("SHELL") or "/bin/sh"
-    found = find_program("pwsh") or find_program("powershell")
-    return found or env.get("COMSPEC", "cmd.exe")
+    for name in ("pwsh", "powershell"):
+        found = find_program(name)
+        if found:
+            return found
+    return env.get("COMSPEC", "cmd.exe")
 
 
 def _write_zdotdir(directory: str, text: str) -> None:
@@ -16726,12 +16779,14 @@ def open_shell(places: Places, marker: Marker) -> int:
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
     places = places_at(places.data, work, places.env)
-    values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = dict(values)
+    values = shell_values(places, marker)
+    values["LLMSTACK_ACTIVE"] = "1"
+    inside = {}
     for name, value in places.env.items():
         # What a hook has noted for itself is of the shell around this one.
         if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
-            inside.setdefault(name, value)
+            inside[name] = value
+    inside.update(values)
     program = shell_program(places.env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
@@ -16758,8 +16813,9 @@ def shell_lines(places: Places, shell: str) -> str:
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
-    inside = bool(places.env.get("LLMSTACK_ACTIVE"))
-    if hooked_shell(places.env) and not inside:
+    env = places.env
+    inside = bool(env.get("LLMSTACK_ACTIVE"))
+    if hooked_shell(env) and not inside:
         return render_own_variable(shell, "key", "?") + "\n"
     if not is_trusted(places, "hook"):
         return ""
@@ -16768,7 +16824,7 @@ def shell_lines(places: Places, shell: str) -> str:
     if inside:
         # The shell of `start` has nothing of before to go back to.
         for name in SHELL_VARIABLES:
-            if name in places.env:
+            if name in env:
                 values.setdefault(name, None)
     lines = []
     for name, value in values.items():
@@ -17408,6 +17464,9 @@ def _start_external(args: Any, places: Places) -> int:
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
 
 
+# ---- the commands in extras/
+
+
 def extra_names() -> List[str]:
     """The commands in extras/, which lies beside this file or in its archive."""
     files: List[str] = []
@@ -17510,6 +17569,9 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(result)
 
 
+# ---- start and stop
+
+
 def _warn_unserved(places: Places, config: Config, ask: Ask = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
     why = prepare_hosted(places, config, say, ask)
@@ -17524,10 +17586,11 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    this_module = sys.modules[__name__]
     demo: Any = None
     if args.demo:
         demo = load_extra("demo")
-        demo.prepare_demo(args, places, sys.modules[__name__])
+        demo.prepare_demo(args, places, this_module)
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -17541,13 +17604,14 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
+        config = load_config(places)
+        plan = plan._replace(config=config.on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
+        return int(demo.show_demo(args, places, plan.url, this_module))
     rewire_project(places, plan.config, plan.url, say)
     # Whoever restarts knows these two.
     if started and not again:
@@ -17599,6 +17663,9 @@ def _cmd_stop(args: Any) -> int:
     else:
         _say_idle(places)
     return 0
+
+
+# ---- status
 
 
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
@@ -17747,6 +17814,9 @@ def _cmd_status(args: Any) -> int:
     return show(Result(rows, lines, code, args.json, problem=broken))
 
 
+# ---- shells, and trust
+
+
 def _shell_in_use(env: Mapping[str, str]) -> str:
     """The shell that reads our output: the hook's, else the user's."""
     return hooked_shell(env) or shell_name(shell_program(env)) or "bash"
@@ -17839,6 +17909,8 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
+# ---- install
+
 DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
@@ -17913,6 +17985,9 @@ def _cmd_install(args: Any) -> int:
     return _install_local(args, places)
 
 
+# ---- processes behind the commands
+
+
 def _cmd_daemon(args: Any) -> int:
     """The process behind `start`: the router, and the engine with all its children."""
     places = find_places(os.environ)
@@ -17942,6 +18017,9 @@ def _cmd_download_worker(_: Any) -> int:
 def _cmd_version(args: Any) -> int:
     say(f"llmstack {VERSION}")
     return 0
+
+
+# ---- the table of commands
 
 
 class Argument(NamedTuple):
@@ -18057,6 +18135,8 @@ COMMANDS = {
 }
 
 
+# ---- reading a command line
+
 # What else a command is called -> its name.
 OTHER_NAMES = {
     "-h": "help",
@@ -18130,21 +18210,18 @@ def command_parser(name: str) -> Any:
     return parser
 
 
-def extra_summary(name: str) -> str:
-    """The first line of an extra's docstring, "" where the extra is not here."""
-    try:
-        text = read_resource(extra_file(name)).decode("utf-8")
-    except UserError:
-        return ""
-    line = text.partition("\n")[0].strip('".')
-    return line[:1].lower() + line[1:]
-
-
 def _summary(name: str) -> str:
     """What `help` says of a command, "" where it is not here."""
     if name in COMMANDS:
         return COMMANDS[name].about
-    return extra_summary(name)
+    try:
+        text = read_resource(extra_file(name)).decode("utf-8")
+    except UserError:
+        return ""
+    # The first line of its docstring, as a phrase.
+    line, _, _ = text.partition("\n")
+    line = line.strip('".')
+    return line[:1].lower() + line[1:]
 
 
 def render_help() -> str:

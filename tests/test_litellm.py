@@ -148,7 +148,7 @@ def test_the_file_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
     known = llmstack.read_litellm_file(places, {})
     assert known is not None
-    assert known.entries == {"a": llmstack.LitellmEntry("x/y", has_key=True)}
+    assert known.entries == {"a": llmstack.LitellmEntry("x/y", [], has_key=True)}
     cache = Path(places.data, "litellm.json")
     assert "a-literal-key" not in cache.read_text()
     if os.name != "nt":
