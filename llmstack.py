@@ -2579,6 +2579,7 @@ def common_flags(config: Config) -> List[Flag]:
 
 def _speculation_flags(settings: Mapping[str, Any]) -> List[Flag]:
     asked = settings.get("speculative", "auto")
+    # Who names a draft wants it used.
     if asked == "auto" and "draft" in settings:
         asked = "draft"
     if asked in _SPEC_TYPES:
@@ -2737,6 +2738,7 @@ def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Ne
     members = set(base)
     taken = needs_together(need_gb[name] for name in base)
     for name in others:
+        # One that does not fit is passed by: a smaller one behind it may.
         more = needs_together([taken, need_gb[name]])
         if name not in members and fits_together([more], budgets_gb):
             members.add(name)
@@ -2830,6 +2832,7 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
         groups = _sets_in_memory(groups, local, need_gb, budgets_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
+        # Of sets that are as good the first counts, and llama-swap goes by their names.
         prefix = _set_prefix(number, len(groups))
         name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
@@ -3137,7 +3140,8 @@ def _swap_matrix(plan: SwapPlan) -> str:
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
     """The configuration of llama-swap v250 and newer."""
-    local, proxy = local_tiers(plan.config), plan.proxy
+    local = local_tiers(plan.config)
+    proxy = plan.proxy
     text = _SWAP_HEAD.format(
         channel=plan.config.channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
     if not local and not proxy:
@@ -3145,6 +3149,7 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
     text += "\nmodels:"
     for tier in local:
         text += _swap_model(plan, tier)
+    # Small, and asked by nearly every session: heavy tiers wait for their first request.
     preload = [tier.name for tier in local if tier.role == "fast"]
     if proxy:
         text += _swap_proxy(plan, proxy)
@@ -3333,6 +3338,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
     names, able = [], []
     for tier in config.ladder:
         names.append(tier.name)
+        # What one of them can do, auto can: the ladder passes by those that see no pictures.
         able += capabilities(tier)
         context = max(context, tier.ctx_size)
         output = max(output, tier.max_output_tokens or tier.ctx_size)
@@ -3344,6 +3350,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 def tier_entry(tier: Tier) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier)
+    # `meta` is where llama-server has what OpenAI's API does not know.
     meta: Dict[str, Any] = {
         "tier": tier.tier or tier.role,
         "role": tier.role,
@@ -4796,6 +4803,7 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
         return ()
     entry = file.entries.get(entry_name(tier), LitellmEntry(""))
     known = set(file.environment)
+    # What is blank counts as not set.
     known.update(name for name, value in env.items() if value.strip())
     lacking: Dict[str, None] = {}
     for choices in _wanted_credentials(tier, entry, certain):
