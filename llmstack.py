@@ -54,8 +54,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier
-    SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
-    PROJECTS             channel markers, and which projects are trusted
+    SYSTEM EDGE          directories, atomic writes, memory, logs, what differs between platforms
+    PROJECTS             a project's configuration, its channel, and whether it is trusted
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
@@ -73,7 +73,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            the queue of models from the hub, and its worker
-    SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
+    SHELL                the shell of `start`, and the hooks' answers
     STATUS               what runs, as people read it
     DAEMON               engine, router and their servers put together, until a signal
     COMMANDS             what each command does, the table of them, and main()
@@ -245,6 +245,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
+        self.problems: Sequence[str] = (message,)
         self.hint = hint
         self.exit_code = exit_code
 
@@ -283,6 +284,7 @@ class LoadError(Exception):
 # ==================================================================================================
 
 
+# What follows the host is its end, a port or a path: 127.0.0.1.example.com is another's.
 _LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
 
 
@@ -378,6 +380,7 @@ class Routing(NamedTuple):
     stay_s: int = 10                            # ...while leaving it costs more
 
 
+# All layers on the GPU, and a KV cache of 8 bits, which takes half of what f16 does.
 DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
     ("n_gpu_layers", "999"),
     ("flash_attn", "on"),
@@ -422,7 +425,8 @@ class Config(_Settings):
     def on_channel(self, channel: str) -> Config:
         """The same with its tiers on a channel: everything behind this asks them alone."""
         tiers = tuple(tier.on_channel(channel) for tier in self.tiers)
-        if channel != "next":                   # "": nothing runs; external: another's to say
+        # "" is said where nothing runs, external where it is another's to say.
+        if channel != "next":
             channel = "current"
         return self._replace(tiers=tiers, channel=channel)
 
@@ -437,36 +441,46 @@ class Config(_Settings):
     @functools.cached_property
     def smallest_context(self) -> int:
         """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
-        return min((t.ctx_size for t in self.ladder), default=0)
+        return min((tier.ctx_size for tier in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
         """The tiers that a request may name: without those that local_only forbids."""
         if self.local_only:
-            return tuple(t for t in self.tiers if not t.remote)
+            return tuple(tier for tier in self.tiers if not tier.remote)
         return self.tiers
 
     def by_role(self, role: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.role == role), None)
+        for tier in self.tiers:
+            if tier.role == role:
+                return tier
+        return None
 
     def by_name(self, name: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.name == name or name in t.aliases), None)
+        for tier in self.tiers:
+            if tier.name == name or name in tier.aliases:
+                return tier
+        return None
 
     @functools.cached_property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.offered)}
-        return tuple(roles[role] for role in LADDER_ROLES if role in roles)
+        found = []
+        for role in LADDER_ROLES:
+            # A role has one tier; where local_only forbids that, the rung is missing.
+            found += [tier for tier in self.offered if tier.role == role]
+        return tuple(found)
 
     @functools.cached_property
     def preferences(self) -> Dict[str, Tuple[Tier, ...]]:
         """The ladder as each of its roles sees it: itself and below, then above, nearest first."""
         orders = {}
-        for index, role in enumerate(LADDER_ROLES):
-            above = LADDER_ROLES[:index]
-            higher = [t for t in self.ladder if t.role in above]
-            lower = [t for t in self.ladder if t.role not in above]
-            orders[role] = (*lower, *reversed(higher))
+        above: List[Tier] = []
+        below = list(self.ladder)
+        for role in LADDER_ROLES:
+            orders[role] = (*below, *above)
+            if below and below[0].role == role:
+                above.insert(0, below.pop(0))
         return orders
 
 
@@ -494,7 +508,8 @@ class Facts(NamedTuple):
     @property
     def most_tokens(self) -> int:
         """What the text cannot exceed, by the rates of class_tokens."""
-        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+        text = int((self.chars + self.extra) * 1.62) + self.wide
+        return text + self.pictures * PICTURE_TOKENS
 
     @property
     def full_tokens(self) -> int:
@@ -1438,13 +1453,14 @@ def _option_table(rows: str) -> Dict[str, Option]:
     for row in rows.strip().splitlines():
         key, trust, value, *flags = row.split()
         kind, _, bounds = value.partition(":")
-        option = Option(kind, harmless=_TRUST[trust], flags=tuple(flags))
+        low = high = 0.0
+        choices: Sequence[str] = ()
         if bounds:
             low, high = map(float, bounds.split(".."))
-            option = option._replace(low=low, high=high)
         elif "|" in value:
-            option = option._replace(kind="choice", choices=tuple(value.split("|")))
-        table[key] = option
+            kind, choices = "choice", value.split("|")
+        table[key] = Option(
+            kind, low, high, tuple(choices), harmless=_TRUST[trust], flags=tuple(flags))
     return table
 
 
@@ -1495,7 +1511,9 @@ yarn_beta_slow        free   number:-1..1e6          --yarn-beta-slow
 yarn_beta_fast        free   number:-1..1e6          --yarn-beta-fast
 """)
 TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
-FILE_KEYS = tuple(key for key, option in MODEL_OPTIONS.items() if option.kind in ("file", "files"))
+FILE_KEYS = tuple(
+    key for key, option in MODEL_OPTIONS.items()
+    if option.kind in ("file", "files"))
 # What `sampler` holds, within the bounds that llama-server accepts.
 SAMPLER_OPTIONS = _option_table("""
 temp     free  number:0..10   --temp --temperature
@@ -1505,6 +1523,8 @@ min_p    free  number:0..1    --min-p
 rep_pen  free  number:0..10   --repeat-penalty
 """)
 # What opencode shows as the cost of an answer: key -> opencode's own name of it.
+# What `probe` finds out of a model, where a tier does not say it itself.
+PROBED_KEYS = ("tool_call", "reasoning")
 PRICE_KEYS = {
     "price_input_per_1m": "input",
     "price_output_per_1m": "output",
@@ -1592,6 +1612,8 @@ _ROPE = re.compile(
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
+# ---- what may be a secret
+
 # Names that would hold a secret, whatever the value; values that look like one, whatever the name.
 _SECRET_NAME = re.compile(
     r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
@@ -1622,12 +1644,16 @@ _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/
 Shape = Union[str, Pattern[str]]
 
 
+# ---- what a value is, by the kind of its option
+
+
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
     if len(word) > 64:                          # the comparison takes the square of its length
         return ""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    for near in difflib.get_close_matches(word, list(known), 1, 0.5):
+        return f", did you mean {near}?"
+    return ""
 
 
 def _shaped(pattern: Shape, text: str, what: str) -> str:
@@ -1714,24 +1740,28 @@ def _parse_layers(text: str) -> str:
 
 def _parse_url(text: str) -> str:
     match = _BASE_URL.match(text)
-    if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-        raise ValueError("not of the form https://host[:port][/path], such as"
-                         " https://api.groq.com/openai/v1")
-    return text
+    if match and len(text) <= 512:
+        port = int(match.group(1) or 80)
+        if 0 < port < 65_536:
+            return text
+    raise ValueError("not of the form https://host[:port][/path], such as"
+                     " https://api.groq.com/openai/v1")
 
 
 def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
     values: Dict[str, float] = {}
     for part in _parts(text):
-        key, _, value = (word.strip() for word in part.partition("="))
-        if key not in SAMPLER_OPTIONS:
-            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_OPTIONS)}")
+        key, _, value = map(str.strip, part.partition("="))
+        option = SAMPLER_OPTIONS.get(key)
+        if option is None:
+            near = _did_you_mean(key, SAMPLER_OPTIONS)
+            raise ValueError(f"there is no {key!r}{near}")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        option = SAMPLER_OPTIONS[key]
         try:
             values[key] = _parse_number(option, value)
         except ValueError:
+            # What _parse_number says names no key, and here are several.
             kind = option.kind.replace("int", "whole number")
             raise ValueError(f"{key} = {value or 'nothing'} is not a {kind} from {option.low:g} to"
                              f" {option.high:g}") from None
@@ -1779,8 +1809,9 @@ def _why_refused(flag: str) -> str:
     for key, option in TIER_SERVER_OPTIONS.items():
         if flag in option.flags:
             return f"{key} says it"
-    if any(flag in option.flags for option in SAMPLER_OPTIONS.values()):
-        return "sampler says it"
+    for option in SAMPLER_OPTIONS.values():
+        if flag in option.flags:
+            return "sampler says it"
     return ""
 
 
@@ -1809,7 +1840,8 @@ def _parse_args(text: str) -> Tuple[str, ...]:
     except ValueError as exc:
         raise ValueError(f"it cannot be split as a shell would: {exc}") from None
     for flag, *_ in groups:
-        why = _why_refused(flag.partition("=")[0])
+        name, _, _ = flag.partition("=")
+        why = _why_refused(name)
         if why:
             raise ValueError(f"{flag} is not for args: {why}")
     return tuple(itertools.chain(*groups))
@@ -1871,9 +1903,13 @@ def parse_value(option: Option, text: str) -> Any:
         return _shaped(shape, text, what)
     if kind in _LISTS:
         shape, what = _LISTS[kind]
-        parts = tuple(_shaped(shape, part, what) for part in _parts(text))
-        return parts if kind == "names" else tuple(part.lower() for part in parts)
+        if kind != "names":                     # hosts are the same in any case, models are not
+            text = text.lower()
+        return tuple(_shaped(shape, part, what) for part in _parts(text))
     return _READERS[kind](text)
+
+
+# ---- the lines of the file
 
 
 class IniLine(NamedTuple):
@@ -1897,7 +1933,8 @@ _MAY_BE_EMPTY = ("triggers", "names")
 
 def _odd_space(*texts: str) -> str:
     """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
-    for char in "".join(text[:1] + text[-1:] for text in texts):
+    ends = "".join(text[:1] + text[-1:] for text in texts)
+    for char in ends:
         if char.isspace() and char not in " \t":
             return f"U+{ord(char):04X}"
     return ""
@@ -1945,7 +1982,8 @@ class IniReader:
     def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
         """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
-            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+            near = _did_you_mean(word, known)
+            self.warnings.append(f"{self.source}:{line}: {what}{near}")
 
     def _read(self, number: int, line: str) -> None:
         stripped = line.strip(" \t")
@@ -1971,7 +2009,9 @@ class IniReader:
             self._read_key(number, text, indent)
 
     def _read_key(self, number: int, text: str, indent: int) -> None:
-        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
+        pattern = _KEY_VALUE
+        if self._section == "ALIASES":
+            pattern = _ALIAS_VALUE
         match = pattern.match(text)
         key = value = ""
         if match:
@@ -1983,12 +2023,15 @@ class IniReader:
         elif not key:
             self.wrong(number, "neither a [section], a key = value nor a comment")
         elif not key.isascii():
-            code = next(ord(char) for char in key if not char.isascii())
-            self.wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+            # Before it is in lower case: the sign for Kelvin is an ASCII k then.
+            foreign = re.sub("[\x00-\x7f]", "", key)
+            code = f"U+{ord(foreign[0]):04X}"
+            self.wrong(number, f"a key holds ASCII characters only, and this one has {code}")
         elif self._section == "":
             self.wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            self._key, self._indent = key.lower(), indent
+            self._key = key.lower()
+            self._indent = indent
             self._add(number, self._key, value)
 
     def _hide(self, number: int, what: str) -> None:
@@ -2007,39 +2050,47 @@ class IniReader:
         first = self._first.setdefault((name, key), line)
         # Both are read all the same, so that what is wrong with either is said at once.
         if first is not line:
-            what = f"{key} in [{name}]" if key else f"[{name}]"
+            what = f"[{name}]"
+            if key:
+                what = f"{key} in [{name}]"
             self.wrong(number, f"{what} is there twice, first on line {first.number}")
         self.sections.setdefault(name, []).append(line)
 
     def line_of(self, section: str, key: str = "") -> int:
         """Where a section, or a key of it, stands first; 0: nowhere."""
         line = self._first.get((section, key))
-        return line.number if line else 0
+        if line is None:
+            return 0
+        return line.number
 
     def keys_of(self, section: str) -> List[IniLine]:
-        return [line for line in self.sections.get(section, ()) if line.key]
+        lines = self.sections.get(section, ())
+        return [line for line in lines if line.key]
 
     def values_of(self, section: str, options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's keys against its table."""
         values: Dict[str, Any] = {}
-        for number, _, key, text in self.keys_of(section):
-            option = options.get(key)
+        for line in self.keys_of(section):
+            key, option = line.key, options.get(line.key)
             if option is None:
-                self.warn(number, f"unknown key {key} in [{section}]", key, options)
-            elif text or option.kind in _MAY_BE_EMPTY:
+                self.warn(line.number, f"unknown key {key} in [{section}]", key, options)
+            # A key without a value says nothing: its usual value counts.
+            elif line.value or option.kind in _MAY_BE_EMPTY:
                 try:
-                    values[option.field or key] = parse_value(option, text)
+                    values[option.field or key] = parse_value(option, line.value)
                 except ValueError as exc:
-                    self.wrong(number, f"{key}: {exc}")
+                    self.wrong(line.number, f"{key}: {exc}")
         return values
 
     def shown_problems(self) -> List[str]:
         """Its problems as `source:LINE: what`, in the order of their lines."""
+        shown = []
         problems = sorted(set(self.problems))
-        shown, rest = problems[:MAX_SHOWN_PROBLEMS], problems[MAX_SHOWN_PROBLEMS:]
-        if rest:
-            shown.append((rest[0][0], f"and {len(rest):,} more problems from here"))
-        return [f"{self.source}:{line}: {what}" for line, what in shown]
+        for index, (line, what) in enumerate(problems):
+            if index == MAX_SHOWN_PROBLEMS:
+                what = f"and {len(problems) - index:,} more problems from here"
+            shown.append(f"{self.source}:{line}: {what}")
+        return shown[:MAX_SHOWN_PROBLEMS + 1]
 
 
 def holds_secret(text: str) -> bool:
@@ -2047,9 +2098,13 @@ def holds_secret(text: str) -> bool:
     return IniReader(text).holds_secret
 
 
+# ---- what goes together: hosts, models, names, ports
+
+
 def _check_host(reader: IniReader, tier: Tier) -> None:
     """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
-    name, url, variable = tier.name, tier.base_url, tier.api_key_env
+    name = tier.name
+    url, variable = tier.base_url, tier.api_key_env
     at = reader.line_of(name, "base_url")
     if tier.backend == "openai":
         if not at:
@@ -2072,55 +2127,62 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
 
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
-    name, role = tier.name, tier.role
-    in_hub = written.get("hf_repo") and written.get("hf_file")
+    name = tier.name
     if tier.backend != "gguf":
         for key in tier.settings:
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
             reader.wrong_key(name, "", f"[{name}] has backend = {tier.backend} but no model")
-    elif not (tier.path or in_hub):
+        return
+    # As written: what has the wrong shape is no value, and is told already.
+    in_hub = written.get("hf_repo") and written.get("hf_file")
+    if not (tier.path or in_hub):
         reader.wrong_key(
             name, "", f"[{name}] names no model: hf_repo and hf_file, path, or model")
     elif tier.hf_file_next and not (tier.hf_repo_next or tier.hf_repo):
         reader.wrong_key(name, "hf_file_next", "hf_file_next needs hf_repo_next or hf_repo")
-    if role and role not in KNOWN_ROLES:
-        at = reader.line_of(name, "role")
-        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> str:
     if not values.get("model"):
         return "gguf"
-    return "openai" if written.get("base_url") else "litellm"
+    if written.get("base_url"):
+        return "openai"
+    return "litellm"
 
 
-def _pop_server_values(values: Dict[str, Any]) -> Dict[str, Any]:
-    """Take the keys of llama-server out of `values`; an empty list says nothing."""
-    own = {key: values.pop(key) for key in list(values) if key in TIER_SERVER_OPTIONS}
+def _pop_values(values: Dict[str, Any], keys: Mapping[str, Any]) -> Dict[str, Any]:
+    """Take these keys out of `values`; an empty list says nothing."""
+    own = {}
+    for key in list(values):
+        if key in keys:
+            own[key] = values.pop(key)
     return {key: value for key, value in own.items() if value != ()}
 
 
-def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
-    """The tier of a section; None for one that says nothing."""
+def _read_tier(reader: IniReader, name: str) -> Tier:
+    """The tier of a section."""
     written = {line.key: line.value for line in reader.keys_of(name)}
-    if not written:
-        return None
     values = reader.values_of(name, TIER_OPTIONS)
-    values["server"] = tuple(_pop_server_values(values).items())
-    prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
-    values["prices"] = tuple(prices.items())
-    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if written.get(key))
-    values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
+    server = _pop_values(values, TIER_SERVER_OPTIONS)
+    prices = _pop_values(values, PRICE_KEYS)
+    scale, orig_ctx = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
-    implied = {
+    # What a section leaves out follows from its role, and from what else it says.
+    settings = {
         "aliases": ROLE_ALIASES.get(role, ()),
         "ttl": ROLE_TTL_S.get(role, 1200),
         "description": name,
         "backend": _implied_backend(values, written),
+        "settled": tuple(key for key in PROBED_KEYS if written.get(key)),
+        "server": tuple(server.items()),
+        "prices": tuple((PRICE_KEYS[key], price) for key, price in prices.items()),
+        "rope_scale": scale,
+        "rope_orig_ctx": orig_ctx,
+        **values,
     }
-    tier = Tier(name, **{**implied, **values})
+    tier = Tier(name, **settings)
     _check_host(reader, tier)
     _check_model(reader, tier, written)
     return tier
@@ -2136,9 +2198,14 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
             reader.wrong_key(name, "", f"[{name}] is not a name a model can have")
+        if not role:
+            continue
+        at = reader.line_of(name, "role")
         owner = roles.setdefault(role, name)
-        if role and owner != name:
-            reader.wrong_key(name, "role", f"role {role} belongs to [{owner}] already")
+        if owner != name:
+            reader.wrong(at, f"role {role} belongs to [{owner}] already")
+        if role not in KNOWN_ROLES:
+            reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple[str, ...]:
@@ -2152,29 +2219,29 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
         # A pattern leads elsewhere only where no name does, see _alias_patterns.
         if _WILDCARD.search(alias):
             continue
-        owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
             reader.wrong(at, f"alias {alias} is a reserved name")
         elif alias not in owners:
             owners[alias] = tier.name
             aliases.append(alias)
-        elif owner != tier.name and at:
-            reader.wrong(at, f"alias {alias} belongs to [{owner}] already")
+        elif at and owners[alias] != tier.name:
+            reader.wrong(at, f"alias {alias} belongs to [{owners[alias]}] already")
     return tuple(aliases)
 
 
 def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
-    aliases: Dict[str, Tuple[str, ...]] = {}
 
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
+    named = {}
     # The written ones first: those that come with a role give way to them.
     for tier in sorted(tiers, key=is_implied):
-        aliases[tier.name] = _own_aliases(reader, tier, owners)
-    return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
+        aliases = _own_aliases(reader, tier, owners)
+        named[tier.name] = tier._replace(aliases=aliases)
+    return tuple(named[tier.name] for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
@@ -2187,12 +2254,15 @@ def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str
             patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
-    for number, _, pattern, target in reader.keys_of("ALIASES"):
+    for line in reader.keys_of("ALIASES"):
+        pattern, target = line.key, line.value
         if not _ALIAS.match(pattern):
-            reader.wrong(number, f"{pattern} is no name and no pattern of names, such as gpt-*")
+            what = f"{pattern} is no name and no pattern of names, such as gpt-*"
+            reader.wrong(line.number, what)
         elif target not in known:
             near = _did_you_mean(target, known)
-            reader.wrong(number, f"{target or 'nothing'} is no tier, no role and not auto{near}")
+            what = f"{target or 'nothing'} is no tier, no role and not auto{near}"
+            reader.wrong(line.number, what)
         patterns.append((pattern, target))
     return tuple(patterns)
 
@@ -2214,7 +2284,8 @@ def _check_readable(text: str, source: str) -> None:
         found = pattern.search(text)
         if found:
             line = text.count("\n", 0, found.start()) + 1
-            raise ConfigError([f"{source}:{line}: {what.format(found.group())}"])
+            what = what.format(found.group())
+            raise ConfigError([f"{source}:{line}: {what}"])
 
 
 def _check_ports(reader: IniReader, config: Config) -> None:
@@ -2244,12 +2315,30 @@ def _check_cache(reader: IniReader, config: Config) -> None:
 
 
 def _read_routing(reader: IniReader) -> Routing:
-    routing = Routing(**reader.values_of("ROUTING", ROUTING_OPTIONS))
-    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    values = reader.values_of("ROUTING", ROUTING_OPTIONS)
+    routing = Routing(**values)
+    high = routing.high_fidelity_ceiling
+    mid = routing.mid_fidelity_ceiling
     if high > mid:
         at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
         reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
     return routing
+
+
+# The sections that are no tiers.
+_OTHER_SECTIONS = ("DEFAULT", "ROUTING", "ALIASES")
+
+
+def _tier_sections(reader: IniReader) -> List[str]:
+    """The names of all tiers. Errors: ConfigError where there are too many."""
+    sections = [name for name in reader.sections if name not in _OTHER_SECTIONS]
+    # Another machine's file may be made to be slow.
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        what = f"there are more than {MAX_INI_SECTIONS:,} sections"
+        raise ConfigError([f"{reader.source}:{line}: {what}"])
+    # A section without a key says nothing, so it is no tier.
+    return [name for name in sections if reader.keys_of(name)]
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
@@ -2258,18 +2347,12 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     Strict and kind: every problem of the file at once, each as `source:LINE: what`.
     Errors: ConfigError.
     """
-    text = text[1:] if text.startswith("\ufeff") else text
     _check_readable(text, source)
     reader = IniReader(text, source)
-    sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
-    # Another machine's file may be made to be slow.
-    if len(sections) > MAX_INI_SECTIONS:
-        line = reader.line_of(sections[MAX_INI_SECTIONS])
-        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
-    settings = _pop_server_values(values)
+    settings = _pop_values(values, SERVER_OPTIONS)
     values["routing"] = _read_routing(reader)
-    tiers = list(filter(None, (_read_tier(reader, name) for name in sections)))
+    tiers = [_read_tier(reader, name) for name in _tier_sections(reader)]
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
@@ -2281,13 +2364,18 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     return config, tuple(reader.warnings)
 
 
+# ---- what needs trust
+
+
 def _effect_text(option: Option, value: Any) -> str:
     """A value as models.ini would have it."""
     if value is True:
         return "yes"
     if not isinstance(value, tuple):
         return str(value)
-    between = " " if option.kind == "args" else ", "
+    between = ", "
+    if option.kind == "args":
+        between = " "
     return between.join(map(str, value))
 
 
@@ -2302,7 +2390,8 @@ def _effects(prefix: str, record: Any, default: Any,
 
     A field with two keys, as host and router_host are, is shown by its first.
     """
-    own, usual = _values_of(record), _values_of(default)
+    own = _values_of(record)
+    usual = _values_of(default)
     found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
@@ -2332,9 +2421,9 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         # The codec counts from behind the BOM, and so does its object.
-        rest = exc.object
-        line = rest.count(b"\n", 0, exc.start) + 1
-        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
+        rest, start = exc.object, exc.start
+        line = rest.count(b"\n", 0, start) + 1
+        what = f"byte 0x{rest[start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2365,14 +2454,16 @@ def local_tiers(config: Config) -> List[Tier]:
 
 def weights_for(tier: Tier) -> Weights:
     """The GGUF that a local tier runs on its channel."""
+    weights = Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+        return weights
+    # What an upgrade does not say is as it was, but for a path, which it replaces.
     return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
+        tier.hf_repo_next or weights.repo,
+        tier.hf_file_next or weights.file,
         "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
+        tier.size_gb_next or weights.size_gb,
+        tier.quant_next or weights.quant,
         "next")
 
 
@@ -2398,16 +2489,13 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
-def _projector_rank(file: str) -> Tuple[bool, str]:
-    """What projectors sort by: F16 first, which BF16 is not, then their names."""
-    name = file.upper()
-    is_f16 = "-F16" in name and "BF16" not in name
-    return not is_f16, file
-
-
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
+    names = sorted(filter(_PROJECTOR.match, files))
+    for name in names:
+        if "-F16" in name.upper():
+            return name
+    return "".join(names[:1])
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2415,18 +2503,22 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     A file may be ANY_PROJECTOR.
     """
-    found: List[Tuple[str, str]] = []
+    values: List[str] = []
 
-    def note(value: str) -> str:
+    def collect(value: str) -> str:
+        values.append(value)
+        return value
+
+    with_files(tier, collect)
+    found = []
+    own_repo = weights_for(tier).repo
+    for value in values:
         repo, _, file = value.partition(":")
         if _HUB_REFERENCE.match(value):
             found.append((repo, file))
-        elif value == "auto":
-            found.append((weights_for(tier).repo, ANY_PROJECTOR))
-        return value
-
-    with_files(tier, note)
-    return [(repo, file) for repo, file in found if repo]
+        elif value == "auto" and own_repo:
+            found.append((own_repo, ANY_PROJECTOR))
+    return found
 
 
 # ---- flags of llama-server
@@ -2448,19 +2540,17 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     option = TIER_SERVER_OPTIONS[key]
     if option.kind == "args":
         return group_args(value)
-    if not option.flags:
-        return []
-    if option.kind == "bool":
-        # A switch that is on by default has a second name for off; others are off unsaid.
-        for flag in option.flags:
-            if flag.startswith("--no-") != value:
-                return [(flag,)]
-        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
         value = _number(value)
-    return [(option.flags[0], str(value))]
+    for flag in option.flags:
+        if option.kind != "bool":
+            return [(flag, str(value))]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        if flag.startswith("--no-") != value:
+            return [(flag,)]
+    return []
 
 
 def tier_config(config: Config, tier: Tier) -> Config:
@@ -2489,6 +2579,7 @@ def common_flags(config: Config) -> List[Flag]:
 
 def _speculation_flags(settings: Mapping[str, Any]) -> List[Flag]:
     asked = settings.get("speculative", "auto")
+    # Who names a draft wants it used.
     if asked == "auto" and "draft" in settings:
         asked = "draft"
     if asked in _SPEC_TYPES:
@@ -2503,19 +2594,12 @@ def reading_ubatch(tier: Tier) -> int:
     return min(tier.ctx_size, 2048)
 
 
-def _role_flags(tier: Tier) -> List[Flag]:
-    """What a tier that embeds or ranks is told."""
-    if tier.role not in _ROLE_FLAGS:
-        return []
-    flags: List[Flag] = [(_ROLE_FLAGS[tier.role],)]
-    if reading_ubatch(tier):
-        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
-    return flags
-
-
 def tier_flags(tier: Tier) -> List[Flag]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
-    flags: List[Flag] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
+    flags: List[Flag] = [
+        ("--alias", tier.name),
+        ("-c", str(tier.ctx_size)),
+    ]
     if tier.rope_scale:
         flags += [
             ("--rope-scaling", "yarn"),
@@ -2527,16 +2611,23 @@ def tier_flags(tier: Tier) -> List[Flag]:
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     for key, value in tier.sampler:
-        flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
-    flags += _role_flags(tier)
+        option = SAMPLER_OPTIONS[key]
+        flags.append((option.flags[0], _number(value)))
     settings = tier.settings
-    settings.pop("speculative", None)           # see _speculation_flags
-    if tier.role in _ROLE_FLAGS:                # which says that it embeds
+    # A tier that embeds or ranks does so by its role, whatever `embedding` says.
+    if tier.role in _ROLE_FLAGS:
+        flags.append((_ROLE_FLAGS[tier.role],))
         settings.pop("embedding", None)
+    ubatch = reading_ubatch(tier)
+    if ubatch:
+        flags.append(("--ubatch-size", str(ubatch)))
+    # What `speculative` asks for is no value of the flag's: _speculation_flags has it.
+    speculation = _speculation_flags(settings)
+    settings.pop("speculative", None)
     for key in MODEL_OPTIONS:
         if key in settings:
             flags += _option_flags(key, settings[key])
-    return [*flags, *_speculation_flags(tier.settings)]
+    return [*flags, *speculation]
 
 
 def all_flags(tier: Tier, config: Config) -> List[Flag]:
@@ -2564,15 +2655,15 @@ def accepted_flags(flags: Iterable[Flag], refused: FrozenSet[str]) -> List[Flag]
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
     lost = refused - FLAG_REPLACEMENTS.keys()
-    said: Dict[str, None] = {}
+    lines = []
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
         for key, value in settings.items():
             refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
             for flag in refused_flags:
                 what = " ".join(flag)
-                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
-    return list(said)
+                lines.append(f"[{tier.name}] {key}: this llama-server refuses {what}")
+    return lines
 
 
 def settings_words(config: Config, tier: Tier) -> str:
@@ -2582,11 +2673,12 @@ def settings_words(config: Config, tier: Tier) -> str:
     for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        parts = value if isinstance(value, tuple) else (value,)
-        values = [str(part) for part in parts]
+        values = [str(value)]
+        if isinstance(value, tuple):
+            values = list(value)
         if key in FILE_KEYS:
             # A status line has room for a file's name, not for its path.
-            values = [re.split(r"[/\\:]", name)[-1] for name in values]
+            values = [re.sub(r".*[/\\:]", "", name) for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
 
@@ -2625,10 +2717,10 @@ def needs_together(needs: Iterable[Needs]) -> Needs:
 
 def gb_words(needs: Needs) -> str:
     """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
-    words = [f"{need_gb:.1f}" for need_gb in needs]
-    if len(words) < 2:
-        return f"{words[0]} GB"
-    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+    *cards, host = [f"{need_gb:.1f}" for need_gb in needs]
+    if not cards:
+        return f"{host} GB"
+    return f"{' + '.join(cards)} GB and {host} of the host's"
 
 
 def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
@@ -2643,12 +2735,14 @@ MOST_GROWN = 24                                 # tiers
 def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
             budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
-    members = list(base)
+    members = set(base)
     taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
-            members.append(name)
-            taken = needs_together([taken, need_gb[name]])
+        # One that does not fit is passed by: a smaller one behind it may.
+        more = needs_together([taken, need_gb[name]])
+        if name not in members and fits_together([more], budgets_gb):
+            members.add(name)
+            taken = more
     return frozenset(members)
 
 
@@ -2663,16 +2757,15 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         growing = growing[:1]
-    found: Dict[FrozenSet[str], None] = {}
+    found = [frozenset(base) for base in bases]
     for base in growing:
         for first in known:
-            if first not in base:
-                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
+            members = _filled(base, [first, *known], need_gb, budgets_gb)
+            if members not in found:
+                found.append(members)
     kept = []
-    for members in found:
-        in_a_base = any(members <= set(base) for base in bases)
-        in_another = any(members < other for other in found)
-        if not (in_a_base or in_another):
+    for members in found[len(bases):]:
+        if not any(members < other for other in found):
             kept.append(tuple(name for name in names if name in members))
     return kept
 
@@ -2685,17 +2778,44 @@ def _set_prefix(number: int, count: int) -> str:
     return letters + "_"
 
 
-def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
+LabelledSets = List[Tuple[str, Tuple[str, ...]]]
+
+
+def _labelled_sets(local: Sequence[Tier]) -> LabelledSets:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
-    heavy = [tier for tier in local if tier.role != "fast" and tier.chats]
-    groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
-    if fast and not heavy:
-        groups = [("fast", tuple(fast))]
-    chats = [tier.name for tier in heavy if tier.role.startswith("plan")]
+    groups, chats = [], []
+    for tier in local:
+        if tier.role == "fast" or not tier.chats:
+            continue
+        groups.append((tier.role or tier.name, (*fast, tier.name)))
+        if tier.role.startswith("plan"):
+            chats.append(tier.name)
+    if fast and not groups:
+        groups.append(("fast", tuple(fast)))
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
     return groups
+
+
+def _sets_in_memory(sets: LabelledSets, local: Sequence[Tier], need_gb: Mapping[str, Needs],
+                    budgets_gb: Needs) -> LabelledSets:
+    """Those of the sets that fit, each tier that is in none of them, and what fits beside."""
+    kept = []
+    placed: Set[str] = set()
+    for label, tiers in sets:
+        needs = [need_gb.get(name, ()) for name in tiers]
+        if fits_together(needs, budgets_gb):
+            kept.append((label, tiers))
+            placed.update(tiers)
+    for tier in local:
+        if tier.name not in placed:
+            kept.append((tier.role or tier.name, (tier.name,)))
+    bases = [tiers for _, tiers in kept]
+    names = [tier.name for tier in local]
+    for tiers in _grown(bases, names, need_gb, budgets_gb):
+        kept.append(("more", tiers))
+    return kept
 
 
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
@@ -2709,17 +2829,10 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
     local = local_tiers(config)
     groups = _labelled_sets(local)
     if need_gb is not None:
-        groups = [(label, tiers) for label, tiers in groups
-                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
-        together = {name for _, tiers in groups for name in tiers}
-        for tier in local:
-            if tier.name not in together:
-                groups.append((tier.role or tier.name, (tier.name,)))
-        bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
-        groups += [("more", tiers) for tiers in grown]
+        groups = _sets_in_memory(groups, local, need_gb, budgets_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
+        # Of sets that are as good the first counts, and llama-swap goes by their names.
         prefix = _set_prefix(number, len(groups))
         name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
@@ -2745,13 +2858,14 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     """
     if target in running:
         return []
+    def cost(gone: Sequence[str]) -> float:
+        return sum(costs.get(name, 1) for name in gone)
+
     choices = []
     for group in sets:
         if target in group.tiers:
             choices.append([name for name in running if name not in group.tiers])
-    if not choices:
-        return list(running)
-    return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
+    return min(choices, key=cost, default=list(running))
 
 
 def tier_cost(tier: Tier, weights_gb: float) -> int:
@@ -2791,12 +2905,10 @@ _YAML_PLAIN = re.compile(
 
 
 def _yaml_text(value: str) -> str:
-    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares.
-
-    llama-swap puts macros in everywhere, ${env.X} too.
-    """
+    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares."""
     if _YAML_PLAIN.match(value):
         return value
+    # llama-swap puts macros in everywhere, ${env.X} too.
     return _yaml_quoted(value.replace("${", "$ {"))
 
 
@@ -2812,7 +2924,8 @@ def posix_quote(word: str) -> str:
 
 def windows_quote(word: str) -> str:
     if '"' in word:
-        word = re.sub(r'(\\*)"', r'\1\1\\"', word)    # backslashes before a quote are doubled
+        # As Windows reads it, a quote takes the backslashes before it by pairs.
+        word = re.sub(r'(\\*)"', r'\1\1\\"', word)
     elif " " not in word:
         return word
     return f'"{word}"'
@@ -2882,6 +2995,17 @@ _SWAP_MODEL = """
     concurrencyLimit: 512         # 0 would mean 10, then a surprise 429
 """
 
+# What llama-swap hands on in its own list of models.
+_SWAP_METADATA = """\
+    metadata:
+      tier: {tier}
+      role: {role}
+      ctx_size: {ctx_size}
+      size_gb: {weights.size_gb}
+      quant: {quant}
+      channel: {weights.channel}
+"""
+
 _SWAP_PROXY = """
   {name}:
     description: {description}
@@ -2928,85 +3052,96 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
-    command = [f"      {line}" for line in _swap_command(plan, tier)]
+    lines = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
-        name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(command))
+        name=_yaml_text(tier.name),
+        description=_yaml_text(tier.description),
+        ttl=tier.ttl,
+        command="\n".join(lines))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
     if tier.aliases:
         text += f"    aliases: {_yaml_list(tier.aliases)}\n"
     weights = weights_for(tier)
-    return text + f"""\
-    metadata:
-      tier: {_yaml_text(tier.tier or tier.role)}
-      role: {_yaml_text(tier.role)}
-      ctx_size: {tier.ctx_size}
-      size_gb: {weights.size_gb}
-      quant: {_yaml_text(weights.quant)}
-      channel: {weights.channel}
-"""
+    return text + _SWAP_METADATA.format(
+        tier=_yaml_text(tier.tier or tier.role),
+        role=_yaml_text(tier.role),
+        ctx_size=tier.ctx_size,
+        weights=weights,
+        quant=_yaml_text(weights.quant))
 
 
 def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
+    tier = proxy.tier
     return _SWAP_PROXY.format(
-        name=proxy.tier.name, description=_yaml_text(proxy.tier.description),
-        command=plan.words(proxy.command), port=proxy.port, health=proxy.health,
-        aliases=_yaml_list(proxy.tier.aliases))
+        name=tier.name,
+        description=_yaml_text(tier.description),
+        command=plan.words(proxy.command),
+        port=proxy.port,
+        health=proxy.health,
+        aliases=_yaml_list(tier.aliases))
 
 
 def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
         return ""
-    text, kept = "", [group.tiers for group in sets]
+    text = ""
+    kept = [group.tiers for group in sets]
+    room = gb_words(plan.budgets_gb)
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
-        if tiers not in kept:
-            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
-                     f" and there are {gb_words(plan.budgets_gb)}\n")
+        if tiers in kept:
+            continue
+        taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+        together = " + ".join(tiers)
+        text += (f"    # left out: {together} would take ~{gb_words(taken)},"
+                 f" and there are {room}\n")
     return text
 
 
+_SWAP_MATRIX = """
+# What may be loaded together; the cheapest way to make room wins, the first of equals.
+matrix:
+  vars:
+{names}\
+  evict_costs:
+{costs}\
+  sets:
+{groups}\
+"""
 _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys = {}                                   # model -> its short name in the sets
-    costs = {}
+    names = costs = ""
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
-        keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
-        costs[tier.name] = tier_cost(tier, weights_gb)
-    everywhere: Tuple[str, ...] = ()
+        key = _SET_LETTERS.get(tier.role, f"x{number}")
+        keys[tier.name] = key
+        names += f"    {key}: {_yaml_text(tier.name)}\n"
+        costs += f"    {key}: {tier_cost(tier, weights_gb)}\n"
+    everywhere = ""
     if plan.proxy:
-        everywhere = (PROXY,)
-        keys[PROXY] = "l"
-        costs[PROXY] = MOST_EVICT_COST
-    text = """
-# What may be loaded together; the cheapest way to make room wins, the first of equals.
-matrix:
-  vars:
-"""
-    for name, key in keys.items():
-        text += f"    {key}: {_yaml_text(name)}\n"
-    text += "  evict_costs:\n"
-    for name, cost in costs.items():
-        text += f"    {keys[name]}: {cost}\n"
-    text += "  sets:\n"
+        everywhere = " & l"
+        names += f"    l: {PROXY}\n"
+        costs += f"    l: {MOST_EVICT_COST}\n"
     sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
-    text += _left_out(plan, sets)
-    for group in sets or [ResidencySet("a_hosted", ())]:
-        members = [keys[name] for name in group.tiers + everywhere]
-        text += f'    {group.name}: "{" & ".join(members)}"\n'
-    return text
+    groups = _left_out(plan, sets)
+    for group in sets:
+        members = " & ".join(keys[name] for name in group.tiers)
+        groups += f'    {group.name}: "{members}{everywhere}"\n'
+    if not sets:
+        groups += '    a_hosted: "l"\n'
+    return _SWAP_MATRIX.format(names=names, costs=costs, groups=groups)
 
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
     """The configuration of llama-swap v250 and newer."""
-    local, proxy = local_tiers(plan.config), plan.proxy
+    local = local_tiers(plan.config)
+    proxy = plan.proxy
     text = _SWAP_HEAD.format(
         channel=plan.config.channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
     if not local and not proxy:
@@ -3014,6 +3149,7 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
     text += "\nmodels:"
     for tier in local:
         text += _swap_model(plan, tier)
+    # Small, and asked by nearly every session: heavy tiers wait for their first request.
     preload = [tier.name for tier in local if tier.role == "fast"]
     if proxy:
         text += _swap_proxy(plan, proxy)
@@ -3037,6 +3173,7 @@ def hosted_model(tier: Tier) -> str:
 
 def entry_name(tier: Tier) -> str:
     """The name of a LiteLLM tier's entry in the proxy's model_list."""
+    # Both models stand in the list, so a change of channel needs no change of the file.
     if tier.channel == "next":
         return f"{tier.name}_next"
     return tier.name
@@ -3047,26 +3184,30 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     found = {}
     for tier in config.tiers:
         variable = tier.api_key_env
+        if not variable:
+            continue
         key = env.get(variable, "").strip()
-        if variable and not key:
+        if not key:
             found[tier.name] = f"{variable} is not set"
-        elif variable and not (key.isascii() and key.isprintable()):
+        # It is to stand in a header.
+        elif not (key.isascii() and key.isprintable()):
             found[tier.name] = f"{variable} holds more than printable ASCII"
     return found
 
 
-def check_queued(config: Config, profile: str = "") -> None:
-    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+def check_queued(config: Config, profile: str) -> None:
+    """The next channel needs an upgrade to run.
 
-    Errors: UserError.
+    `profile`: what the models.ini was made of, "" where it does not say. Errors: UserError.
     """
-    if not any(tier.has_next for tier in config.tiers):
-        tier = "no tier"
-        if profile:
-            tier = f"no tier of this models.ini, profile {profile},"
-        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
-                        "add hf_file_next or model_next to a tier of models.ini, or say --current"
-                        " (and unset LLMSTACK_USE_NEXT)", 2)
+    if any(tier.has_next for tier in config.tiers):
+        return
+    none = "no tier"
+    if profile:
+        none = f"no tier of this models.ini, profile {profile},"
+    raise UserError(f"{none} has a queued upgrade, so there is no next channel to run",
+                    "add hf_file_next or model_next to a tier of models.ini, or say --current"
+                    " (and unset LLMSTACK_USE_NEXT)", 2)
 
 
 class Route(NamedTuple):
@@ -3103,22 +3244,24 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
-    # As JSON escapes it, without its quotes: with_model puts those around it.
-    model = json.dumps(hosted_model(tier))[1:-1]
+    model = hosted_model(tier)
     if tier.backend == "litellm":
         model = entry_name(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
+    model = json.dumps(model)[1:-1]
     # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
-        members = _SAMPLER_MEMBERS[key]
-        sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
+        names = _SAMPLER_MEMBERS[key]
+        member = f'"{names[0]}":{_number(value)}'
+        sampler.append((names, member.encode()))
+    name = tier.name
     refused = (0, "", "")
     if config.local_only and tier.remote:
-        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
-    elif tier.name in missing:
-        what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
-                " then `llmstack restart`")
-        refused = (401, what, "authentication_error")
+        refused = (403, f"{name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif name in missing:
+        what = f"{missing[name]} where llmstack was started; export it, then `llmstack restart`"
+        refused = (401, f"{name}: {what}", "authentication_error")
     return Route(tier, model, tuple(sampler), refused)
 
 
@@ -3130,9 +3273,11 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
     """
     if not name:
         return [body]
-    more: List[bytes] = []
+    more = []
     if path in SAMPLED_PATHS:
-        more = [member for keys, member in route.sampler if asked.keys().isdisjoint(keys)]
+        for keys, member in route.sampler:
+            if asked.keys().isdisjoint(keys):
+                more.append(member)
     return with_model(body, "model" in asked, name, more)
 
 
@@ -3158,10 +3303,11 @@ def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Conf
     tiers = []
     for tier in config.tiers:
         row = probes.get(tier.name, {})
-        for key in ("tool_call", "reasoning"):
+        known = {}
+        for key in PROBED_KEYS:
             if key not in tier.settled and isinstance(row.get(key), bool):
-                tier = tier._replace(**{key: row[key]})
-        tiers.append(tier)
+                known[key] = row[key]
+        tiers.append(tier._replace(**known))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -3192,6 +3338,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
     names, able = [], []
     for tier in config.ladder:
         names.append(tier.name)
+        # What one of them can do, auto can: the ladder passes by those that see no pictures.
         able += capabilities(tier)
         context = max(context, tier.ctx_size)
         output = max(output, tier.max_output_tokens or tier.ctx_size)
@@ -3203,6 +3350,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 def tier_entry(tier: Tier) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier)
+    # `meta` is where llama-server has what OpenAI's API does not know.
     meta: Dict[str, Any] = {
         "tier": tier.tier or tier.role,
         "role": tier.role,
@@ -3257,8 +3405,10 @@ def list_models(config: Config,
     for tier in config.tiers:
         known.update(tier.names)
     for name, entry in said.items():
+        if name in known:
+            continue
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if name not in known and PROXY not in json.dumps(entry):
+        if PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3279,7 +3429,12 @@ def anthropic_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
 def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """The whole list in the shape of Anthropic's API, as one page."""
     data = [anthropic_model(entry) for entry in entries]
-    return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return {
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["id"],
+        "last_id": data[-1]["id"],
+    }
 
 
 # ==================================================================================================
@@ -4597,8 +4752,11 @@ def fits_machine(name: str, machine: Machine) -> bool:
 
 def choose_profile(machine: Machine) -> str:
     """The largest profile whose every tier fits a machine, or the smallest there is."""
-    smallest, *others = PROFILES
-    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+    chosen, *others = PROFILES
+    for name in others:
+        if fits_machine(name, machine):
+            chosen = name
+    return chosen
 
 
 def _kind_and_gb(name: str) -> Tuple[str, int]:
@@ -4642,11 +4800,17 @@ def profile_of(text: str) -> str:
 
 def render_profile(bundled: str, own: str) -> str:
     """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
-    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    blocks = {}
+    for block in _INI_BLOCK.finditer(own):
+        blocks[block.group(1)] = block.group()
+
+    def own_block(match: Match[str]) -> str:
+        return blocks.get(match.group(1), match.group())
+
     title = _PROFILE_TITLE.search(own)
     if title:
         bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
-    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
+    return _INI_BLOCK.sub(own_block, bundled)
 
 
 # ==================================================================================================
@@ -4669,10 +4833,11 @@ def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
     entries = []
     for tier in config.tiers:
-        if tier.backend == "litellm":
-            entries.append((tier.name, tier.model))
-            if tier.model_next:
-                entries.append((f"{tier.name}_next", tier.model_next))
+        if tier.backend != "litellm":
+            continue
+        entries.append((tier.name, tier.model))
+        if tier.model_next:
+            entries.append((f"{tier.name}_next", tier.model_next))
     return entries
 
 
@@ -4685,20 +4850,26 @@ def proxy_tier(config: Config) -> Optional[Tier]:
     if not tiers:
         return None
     names = [name for name, _ in litellm_entries(config)]
-    names += [alias for tier in tiers for alias in tier.aliases]
-    description = "LiteLLM, for " + ", ".join(tier.name for tier in tiers)
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
-                aliases=tuple(dict.fromkeys(names)))
+    for tier in tiers:
+        names += tier.aliases
+    served = ", ".join(tier.name for tier in tiers)
+    return Tier(
+        PROXY,
+        backend="litellm",
+        ttl=0,
+        ctx_size=0,
+        description=f"LiteLLM, for {served}",
+        aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
     """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
-        return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
+        return re.sub(r"(?m)^; ?", "", match.group(1))
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
-    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"(?ms)^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text)
 
 
 def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
@@ -4717,7 +4888,7 @@ class LitellmEntry(NamedTuple):
     """An entry of model_list, as LiteLLM's own parser reads it."""
 
     model: str
-    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    references: Sequence[str] = ()              # the NAMEs of os.environ/NAME
     has_key: bool = False
     has_base: bool = False
 
@@ -4734,11 +4905,10 @@ def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
     entries = {}
     try:
         for name, entry in answer["entries"].items():
-            references = tuple(entry["references"])
-            entries[name] = LitellmEntry(
-                entry["model"], references, entry["has_key"], entry["has_base"])
+            entries[name] = LitellmEntry(**entry)
         return LitellmFile(entries, frozenset(answer["environment"]))
     except (AttributeError, KeyError, TypeError):
+        # It has no entries, or an older version of the guest has answered.
         return None
 
 
@@ -4772,7 +4942,8 @@ vertex_ai     GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENT
 xai           XAI_API_KEY
 """
 CREDENTIALS: Dict[str, Sequence[str]] = {
-    provider: names for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
+    provider: names
+    for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
 # A machine in their cloud may have credentials that no variable shows.
 AMBIENT = ("azure", "bedrock", "vertex_ai")
 _CREDENTIAL_NAMES = frozenset(re.findall(r"[A-Z][A-Z_]+", _CREDENTIAL_ROWS))
@@ -4825,10 +4996,13 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     if file is None:
         return ()
     entry = file.entries.get(entry_name(tier), LitellmEntry(""))
+    known = set(file.environment)
+    # What is blank counts as not set.
+    known.update(name for name, value in env.items() if value.strip())
     lacking: Dict[str, None] = {}
     for choices in _wanted_credentials(tier, entry, certain):
         names = choices.split("|")
-        if not any(env.get(name, "").strip() or name in file.environment for name in names):
+        if known.isdisjoint(names):
             lacking[names[0]] = None
     return tuple(lacking)
 
@@ -4839,9 +5013,9 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
         return []
     lines = []
     for name, model in litellm_entries(config):
-        written = file.entries.get(name, LitellmEntry("")).model
-        if written not in ("", model):
-            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+        entry = file.entries.get(name)
+        if entry and entry.model not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
                          " which is what is asked")
     return lines
 
@@ -4891,7 +5065,8 @@ def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
     """Whether a tier takes tools; a llama-server does so by its model's own template only."""
-    if tier.backend == "gguf" and not tier_config(config, tier).settings["jinja"]:
+    settings = tier_config(config, tier).settings
+    if tier.backend == "gguf" and not settings["jinja"]:
         return False
     return tier.tool_call
 
@@ -4900,6 +5075,7 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
                   config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
     context, output = limits
+    first, *others = tiers
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
@@ -4910,11 +5086,12 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    free = {"input": 0, "output": 0}
     # What one of several hosted tiers will cost is not known before it is asked.
-    if len(tiers) == 1 and tiers[0].prices:
-        entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
+    if first.prices and not others:
+        entry["cost"] = {**free, **dict(first.prices)}
     elif not any(tier.remote for tier in tiers):
-        entry["cost"] = {"input": 0, "output": 0}
+        entry["cost"] = free
     return entry
 
 
@@ -4928,8 +5105,14 @@ def _opencode_models(config: Config) -> Dict[str, Any]:
     for tier in config.tiers:
         if tier.chats:
             shown = tier.description or tier.name
-            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
+            limits = client_limits(tier)
+            models[tier.name] = _client_model(shown, limits, [tier], config)
     return models
+
+
+def _with_offered(config: Config) -> Config:
+    """What a client is shown: the tiers it may ask, or all of them where that is none."""
+    return config._replace(tiers=config.offered or config.tiers)
 
 
 def cramped_models(config: Config) -> List[str]:
@@ -4937,7 +5120,7 @@ def cramped_models(config: Config) -> List[str]:
 
     With such a model it would compact the conversation for ever.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     limits = {}
     for role in ("agent", "plan", "plan-uncensored"):
         tier = config.by_role(role)
@@ -4947,6 +5130,7 @@ def cramped_models(config: Config) -> List[str]:
         limits["auto"] = _auto_limits(config.ladder)
     lines = []
     for name, (context, output) in limits.items():
+        # A quarter of it has to be left for what the user says.
         if context - output < OPENCODE_TOKENS * 5 // 4:
             lines.append(f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer;"
                          f" its own prompt and tools take about {OPENCODE_TOKENS:,}, so it would"
@@ -4960,7 +5144,9 @@ def _role_model(config: Config, role: str) -> Dict[str, str]:
     Then opencode takes its default model.
     """
     tier = config.by_role(role)
-    return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+    if tier is None:
+        return {}
+    return {"model": f"{PROVIDER}/{tier.name}"}
 
 
 def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -5002,9 +5188,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
     same bytes.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     models = _opencode_models(config)
-    default = f"{PROVIDER}/{next(iter(models), 'auto')}"
+    first = next(iter(models), "auto")
+    default = f"{PROVIDER}/{first}"
     agents, commands = _opencode_agents(config, default)
     options: Dict[str, Any] = {
         "baseURL": f"{url}/v1",
@@ -5034,10 +5221,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     }
     if mcp_url:
         value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
-    text = json.dumps(value, indent=2)
+    text = json.dumps(value, indent=2) + "\n"
     # opencode replaces {env:X} and {file:X} wherever they stand: a description must not name any.
     text = re.sub(r"\{(?=env:|file:)", r"\\u007b", text)
-    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
+    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"')
 
 
 # ==================================================================================================
@@ -5992,8 +6179,8 @@ SHELLS = tuple(HOOK_SOURCES)
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
-    name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = re.sub(r"\.exe\Z", "", name)
+    # A login shell calls itself -bash.
+    name = re.sub(r".*[/\\]|\.exe\Z", "", program.lower()).lstrip("-")
     if name == "pwsh":
         return "powershell"
     if name in SHELLS:
@@ -6004,9 +6191,8 @@ def shell_name(program: str) -> str:
 def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
-    units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    codes = ",".join(map(str, units))
-    return f"(-join[char[]]({codes}))"
+    codes = [str(unit) for unit, in struct.iter_unpack("<H", raw)]
+    return f"(-join[char[]]({','.join(codes)}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -6027,8 +6213,8 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
 
     `program`: the words that run llmstack where its name alone does not.
     """
-    command = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
-    command += f" activate {shell}"
+    words = " ".join(shell_quote(shell, word) for word in program)
+    command = f"{words or 'llmstack'} activate {shell}"
     if shell == "fish":
         return f"{command} | source"
     if shell != "powershell":
@@ -6061,11 +6247,18 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
-    exported, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
+    form, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
     if value is None:
         return unset.format(name=name)
-    form = exported if export else own
-    return form.format(name=name, word=shell_quote(shell, value))
+    if not export:
+        form = own
+    word = shell_quote(shell, value)
+    return form.format(name=name, word=word)
+
+
+def render_own_variable(shell: str, name: str, value: str) -> str:
+    """A line that sets a variable of the hook's own, which no program is to see."""
+    return render_assignment(shell, f"_llmstack_{name}", value, export=False)
 
 
 def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
@@ -6073,23 +6266,26 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    lines = []
-    for name, path in {"python": python, "program": program, "trust": trust}.items():
-        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
-    lines.append(text)
+    lines = [
+        render_own_variable(shell, "python", python),
+        render_own_variable(shell, "program", program),
+        render_own_variable(shell, "trust", trust),
+        text,
+    ]
     return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
                        hook: str) -> str:
     """What a hook evaluates on entering a project; `exported`: names that were exported before."""
-    before = set(exported)
+    kinds = dict.fromkeys(exported, "x")
     lines = []
     for name, value in values.items():
         # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
-        kind = "x" if name in before else "s"
-        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+        kind = kinds.get(name, "s")
+        word = shell_quote(shell, value)
+        lines.append(f"_llmstack_set {name} {word} {kind}")
+    lines.append(render_own_variable(shell, "prefix", prefix))
     lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
@@ -6121,8 +6317,9 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     user's.
     """
     lines = [hook]
-    lines += [render_assignment(shell, name, value) for name, value in values.items()]
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    lines.append(render_own_variable(shell, "prefix", prefix))
     text = "\n".join(lines) + "\n"
     if shell == "bash":
         return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
@@ -6156,9 +6353,11 @@ class Job(NamedTuple):
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
-    files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
-        return None
+    files: Any = row.get("files")
+    beside: Any = row.get("beside")
+    for names in (files, beside):
+        if not isinstance(names, (list, tuple)):
+            return None
     job = Job(
         tier=str(row.get("tier")),
         label=str(row.get("label")),
@@ -6166,12 +6365,14 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
         files=tuple(map(str, files)),
         beside=tuple(map(str, beside)),
     )
-    if not _NAME.match(job.tier) or not _REPO.match(job.repo):
-        return None
     if job.label not in ("current", "next") or not job.files:
         return None
-    if not all(map(_HUB_PATH.match, job.files + job.beside)):
-        return None
+    shapes = [(_NAME, job.tier), (_REPO, job.repo)]
+    for file in job.files + job.beside:
+        shapes.append((_HUB_PATH, file))
+    for shape, text in shapes:
+        if not shape.match(text):
+            return None
     return job
 
 
@@ -6185,18 +6386,26 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None:
         return (file,)
     stem, _, count = match.groups()
+    # A name is a stranger's word: 99,999 files would be asked for.
     if not 0 < int(count) <= MAX_PARTS:
         return (file,)
-    numbers = range(1, int(count) + 1)
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
+    parts = []
+    for number in range(1, int(count) + 1):
+        parts.append(f"{stem}-{number:05d}-of-{count}.gguf")
+    return tuple(parts)
 
 
 # ==================================================================================================
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts no
-# process that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. What a project is has its place here (find_places), and how much
+# memory its models may take (this_machine). It may touch the disk and run small system programs; it
+# starts no process that stays, opens no socket and knows nothing of a stack.
+
+# How a line is said to the user, and a yes or no asked for; None where nobody is there.
+Say = Callable[[str], None]
+Ask = Callable[[str], Optional[bool]]
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -6238,8 +6447,9 @@ def read_profile(name: str) -> bytes:
     bundled = read_resource("models.ini")
     if name == BUNDLED_PROFILE:
         return bundled
-    own = read_shared_text(f"profiles/{name}.ini")
-    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+    text = bundled.decode("utf-8").replace("\r\n", "\n")
+    text = render_profile(text, read_shared_text(f"profiles/{name}.ini"))
+    return text.encode("utf-8")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -6256,6 +6466,9 @@ def guest_command(python: str, name: str) -> List[str]:
         raise UserError(f"there is no {path}",
                         "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
     return [python, path]
+
+
+# ---- where a project and its files are
 
 
 class Places(NamedTuple):
@@ -6289,7 +6502,8 @@ class Places(NamedTuple):
 def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
     """The places of the project in a directory."""
     state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+    models_ini = os.path.join(state, "models.ini")
+    return Places(work, state, models_ini, data, env)
 
 
 def _expand(path: str) -> str:
@@ -6321,7 +6535,8 @@ def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
 
 def _is_state(state: str) -> bool:
     """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
-    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
+    files = [os.path.join(state, name) for name in _PROJECT_FILES]
+    return any(map(os.path.lexists, files))
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -6347,12 +6562,11 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return places
 
 
-_IN_ITS_PLACE = "move away what stands in its place"
+# ---- files
+
+_OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
 _PATH_HINTS = {
-    errno.EISDIR: _IN_ITS_PLACE,
-    errno.ENOTDIR: _IN_ITS_PLACE,
-    errno.EEXIST: _IN_ITS_PLACE,
-    errno.EINVAL: _IN_ITS_PLACE,
+    **dict.fromkeys(_OF_ANOTHER_KIND, "move away what stands in its place"),
     errno.EFBIG: "make it smaller",
     errno.ENOSPC: "free some room",
 }
@@ -6360,13 +6574,13 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    usual = "mend its permissions, or those of its directory"
-    return _PATH_HINTS.get(exc.errno or 0, usual)
+    return _PATH_HINTS.get(exc.errno or 0, "mend its permissions, or those of its directory")
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
     """`cannot VERB path: why`, and what to do about it."""
-    return UserError(f"cannot {verb} {path}: {exc.strerror or exc}", path_hint(exc), exit_code)
+    what = f"cannot {verb} {path}: {exc.strerror or exc}"
+    return UserError(what, path_hint(exc), exit_code)
 
 
 # Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
@@ -6391,13 +6605,13 @@ def _close_open_file(handle: int) -> None:
     if IS_WINDOWS:
         return
     status = os.fstat(handle)
-    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_plain or status.st_uid != os.geteuid():
+    mode = status.st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
-    if not status.st_mode & 0o077:
+    if status.st_uid != os.geteuid() or not mode & 0o077:
         return
     try:
-        os.fchmod(handle, status.st_mode & 0o700)
+        os.fchmod(handle, mode & 0o700)
     except OSError:
         # Some file systems have no permissions.
         pass
@@ -6410,9 +6624,11 @@ def close_to_others(*paths: str) -> None:
     """
     if IS_WINDOWS:
         return
+    # A pipe that a clone has put there would be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in paths:
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(path, flags)
         except OSError:
             continue
         try:
@@ -6476,16 +6692,17 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
     Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
     """
     with open(path, "rb", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        parts, size = [], 0
-        # In pieces: /proc/sys refuses to fill megabytes.
-        for part in iter(lambda: file.read(RECV_BYTES), b""):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
-    return b"".join(parts)
+        data = b""
+        while len(data) <= limit:
+            # In pieces: /proc/sys refuses to fill megabytes.
+            part = file.read(RECV_BYTES)
+            if not part:
+                return data
+            data += part
+    raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
 
 
 def read_text(path: str) -> str:
@@ -6513,6 +6730,9 @@ def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
 
 def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
+
+
+# ---- small system programs, and the memory there is
 
 
 def program_output(command: Sequence[str]) -> str:
@@ -6601,6 +6821,10 @@ class Card(NamedTuple):
     total_gb: float                             # without the driver's reserve; 0: the machine's
     used_gb: float
 
+    @property
+    def free_gb(self) -> float:
+        return max(0.0, self.total_gb - self.used_gb)
+
 
 def _mib_gb(text: str) -> float:
     """Mebibytes in GB, 0 for [N/A]."""
@@ -6611,15 +6835,15 @@ def _mib_gb(text: str) -> float:
 
 def nvidia_cards() -> List[Card]:
     """What nvidia-smi tells of each card, in its order."""
-    fields = "uuid,memory.total,memory.reserved,memory.used"
-    query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.total,memory.reserved,memory.used",
+               "--format=csv,noheader,nounits"]
     cards = []
-    for line in program_output(["nvidia-smi", *query]).splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) == 4:
-            total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
+    for line in program_output(command).splitlines():
+        uuid, *sizes = map(str.strip, line.split(","))
+        if len(sizes) == 3:
+            total_gb, reserved_gb, used_gb = map(_mib_gb, sizes)
             usable_gb = max(0.0, total_gb - reserved_gb)
-            cards.append(Card(words[0], usable_gb, used_gb))
+            cards.append(Card(uuid, usable_gb, used_gb))
     return cards
 
 
@@ -6652,15 +6876,18 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine
     share_gb = total_gb * HOST_SHARE
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
-        return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
+        source = f"75% of {total_gb:.1f} GB, which the GPU shares"
+        return Machine(share_gb, source, True, True)
     held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
+    # A budget of nothing would stand for one that is not known.
+    free_gb = max(0.1, size_gb - held_gb)
+    each = tuple(card.free_gb for card in cards)
+    return Machine(free_gb, source, True, True, share_gb, each)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -6669,19 +6896,21 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
     driver lets it (GTT).
     """
-    own = _amd_memory_gb("vram")
-    seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
-    sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    own_gb = _amd_memory_gb("vram")
+    # The kernel tells no UUID of an AMD card: a variable can name it by number only.
+    seen = visible_cards([""] * len(own_gb), AMD_VISIBLE, env)
+    sizes_gb = [own_gb[place] for place in seen]
+    cards_gb = [size_gb for size_gb in sizes_gb if size_gb > OWN_MEMORY_GB]
     share_gb = total_gb * HOST_SHARE
-    if sizes:
-        each = tuple(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
-        source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
+    if cards_gb:
+        source = f"{sum(cards_gb):.1f} GB on AMD cards, less 1 GiB each"
+        each = tuple(size_gb - CARD_RESERVE_GB for size_gb in cards_gb)
         return Machine(sum(each), source, True, host_gb=share_gb, cards=each)
-    shared = sum(own) + sum(_amd_memory_gb("gtt"))
-    if not seen or not shared:
+    shared_gb = sum(own_gb) + sum(_amd_memory_gb("gtt"))
+    if not seen or not shared_gb:
         return None
-    source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return Machine(min(shared, share_gb), source, True)
+    source = f"{shared_gb:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    return Machine(min(shared_gb, share_gb), source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -6734,7 +6963,7 @@ def read_memory_state(cards: bool) -> MemoryState:
     if cards:
         found = _seen_nvidia_cards(os.environ)
         if any(card.total_gb for card in found):
-            free_gb = sum(card.total_gb - card.used_gb for card in found)
+            free_gb = sum(card.free_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
         told = program_output(["vm_stat"])
@@ -6751,6 +6980,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         card_free_gb=free_gb,
     )
 
+
+# ---- what people read, and are asked
 
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
 # output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
@@ -6831,11 +7062,7 @@ def is_live_terminal() -> bool:
 
 
 class _OutputFailed(Exception):  # noqa: N818
-    """Standard output is closed or full; `message` is "" where that is the reader's will."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    """Standard output is closed or full; says nothing where that is the reader's will."""
 
 
 def may_paint() -> bool:
@@ -6855,20 +7082,22 @@ def write_out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise _OutputFailed("") from None
+        raise _OutputFailed from None
     except OSError as exc:
         raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
 
 
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
-    env, typed = os.environ, sys.argv[0]
-    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env) or find_program("llmstack" + EXE):
+    env = os.environ
+    # In both kinds of shell `llmstack` is a function.
+    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env):
         return "llmstack"
-    if os.path.abspath(typed) != PROGRAM:
+    typed = sys.argv[0]
+    if find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
         return "llmstack"
     # Python has orig_argv since 3.10.
-    python = getattr(sys, "orig_argv", ["python3"])[0]
+    python, *_ = getattr(sys, "orig_argv", ["python3"])
     return f"{os.path.basename(python)} {posix_quote(typed)}"
 
 
@@ -6881,9 +7110,10 @@ def as_called(text: str) -> str:
 
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
-    line = as_called(line)
-    line = visible_colours(line) if may_paint() else visible_lines(line)
-    write_out(line + "\n")
+    fit_to_print = visible_lines
+    if may_paint():
+        fit_to_print = visible_colours
+    write_out(fit_to_print(as_called(line)) + "\n")
 
 
 def as_json(found: Any) -> str:
@@ -6928,6 +7158,9 @@ def _never_ask(_: str) -> Optional[bool]:
     return None
 
 
+# ---- logs
+
+
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
@@ -6956,6 +7189,7 @@ def shift_logs(path: str, newest: str = "") -> None:
         try:
             os.replace(younger, f"{path}.{number}")
         except OSError:
+            # There are not as many yet.
             pass
 
 
@@ -7005,7 +7239,8 @@ class Log:
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         if not message.isprintable():
             message = visible_lines(message).replace("\n", "\n    ")
-        self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
+        line = f"{self._stamp} {level.upper()} {message}\n"
+        self._waiting.append(line)
         # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
         is_busy = 0 <= now - self._written_s < 0.25
         if rank >= LEVELS["warning"] or not is_busy:
@@ -7068,6 +7303,8 @@ def tail_of(path: str, lines: int = 12) -> str:
     last = plain.splitlines()[-lines:]
     return "\n".join(visible_lines(line) for line in last)
 
+
+# ---- a process and its threads
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
 
@@ -7175,11 +7412,12 @@ class FileLock:
             return False
 
     def __enter__(self) -> FileLock:
+        path = self._path
         try:
-            make_private_dir(os.path.dirname(self._path))
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            make_private_dir(os.path.dirname(path))
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise path_error("open", self._path, exc) from None
+            raise path_error("open", path, exc) from None
         if not self._try():
             # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
@@ -7190,6 +7428,8 @@ class FileLock:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+
+# ---- progress
 
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
@@ -7202,7 +7442,9 @@ def terminal_columns() -> int:
 
 def live_terminal() -> Optional[TextIO]:
     """What Progress rewrites its line on, None where that cannot be."""
-    return sys.stdout if is_live_terminal() else None
+    if not is_live_terminal():
+        return None
+    return sys.stdout
 
 
 class Progress:
@@ -7238,7 +7480,9 @@ class Progress:
         if self._terminal is not None:
             # A line that wraps cannot be taken back.
             text = text[:terminal_columns() - 1]
-            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            # Blanks cover what stood there of a longer one.
+            covering = text.ljust(len(self._shown))
+            self._terminal.write(f"\r{covering}")
             self._terminal.flush()
             self._shown = text
         # Where no line can be rewritten, a line every few seconds is enough for a log.
@@ -7259,6 +7503,18 @@ class Progress:
             blank = " " * len(self._shown)
             self._terminal.write(f"\r{blank}\r")
         self._shown = ""
+
+
+# ==================================================================================================
+# PROJECTS
+# ==================================================================================================
+# The room of what a project says of itself: its configuration (load_config), its channel (Marker),
+# and whether its files may take effect: what is new is shown (trust_facts), asked about
+# (offer_trust) or refused (check_run_trust). It reads and writes below .llmstack/ and in
+# trust.json, and starts nothing.
+
+
+# ---- its configuration
 
 
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
@@ -7289,7 +7545,8 @@ def _path_from(base: str, path: str) -> str:
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
-    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    config, warnings = parse_models_ini(text, source)
     if warn is not None:
         for warning in warnings:
             warn(warning)
@@ -7308,16 +7565,13 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
 def ini_line(places: Places, section: str, key: str) -> str:
     """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
     data, source = _models_ini_bytes(places)
-    reader = IniReader(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    reader = IniReader(text, source)
     line = reader.line_of(section, key) or reader.line_of(section)
     return f"{source}:{line}"
 
 
-# ==================================================================================================
-# PROJECTS
-# ==================================================================================================
-# The room of what a project says of itself: its channel, and whether its files may take effect. It
-# reads and writes below .llmstack/ and in trust.json, and starts nothing.
+# ---- its channel
 
 
 class Marker(NamedTuple):
@@ -7341,11 +7595,12 @@ def parse_marker(text: str) -> Optional[Marker]:
     words = text.split()
     if words in (["current"], ["next"]):
         return Marker(words[0])
-    if len(words) != 2 or words[0] != "external":
+    if len(words) != 2:
         return None
-    if not _SAFE_URL.match(words[1]):
+    channel, url = words
+    if channel != "external" or not _SAFE_URL.match(url):
         return None
-    return Marker("external", words[1])
+    return Marker(channel, url)
 
 
 def render_marker(marker: Marker) -> str:
@@ -7366,8 +7621,16 @@ def _read_bytes(path: str) -> bytes:
 
 
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
-    return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
+    data = _read_bytes(places.in_state(name))
+    return parse_marker(data.decode("utf-8", "replace"))
 
+
+def pinned_marker(places: Places) -> Marker:
+    """What a project is pinned to: the current channel, where it says nothing else."""
+    return read_marker(places) or Marker("current")
+
+
+# ---- what takes effect, and the ledger of what is trusted
 
 # A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
 # `start` would run or send credentials to, takes effect only as it was when `install` wrote it
@@ -7405,8 +7668,8 @@ def _ini_effects(places: Places) -> List[Effect]:
     if places.models_ini != places.in_state("models.ini"):
         return []
     try:
-        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
-        config, _ = parse_models_ini(text)
+        data = read_regular(places.models_ini, MAX_INI_BYTES)
+        config, _ = parse_models_ini(decode_models_ini(data))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as exc:
@@ -7415,7 +7678,8 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
     effects = []
     for key, value in config_effects(config):
-        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+        name = f"models.ini {key}"
+        effects.append(Effect(name, value.encode(), f"= {value}"))
     return effects
 
 
@@ -7424,19 +7688,19 @@ def _link_effects(places: Places) -> List[Effect]:
 
     Other files of ours replace a link that they find.
     """
-    logs = places.in_state("logs")
-    paths = [logs]
+    names = ["logs"]
     try:
-        names = sorted(os.listdir(logs))
-        paths += [os.path.join(logs, name) for name in names]
+        for log in sorted(os.listdir(places.in_state("logs"))):
+            names.append(os.path.join("logs", log))
     except OSError:
         # There are no logs yet, or a link leads to no directory.
         pass
     effects = []
-    for path in filter(os.path.islink, paths):
-        target = os.readlink(path)
-        name = os.path.relpath(path, places.state)
-        effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
+    for name in names:
+        path = places.in_state(name)
+        if os.path.islink(path):
+            target = os.readlink(path)
+            effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
     return effects
 
 
@@ -7470,26 +7734,21 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
-def _ledger(places: Places) -> Dict[str, Any]:
-    return _read_json(trust_file(places.data))
-
-
-def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
-    """What the ledger has of a project, part by part."""
-    return dict_of(ledger.get(os.path.realpath(places.state)))
+def _read_ledger(places: Places) -> Tuple[Dict[str, Any], str]:
+    """The ledger, and the name of this project in it."""
+    return _read_json(trust_file(places.data)), os.path.realpath(places.state)
 
 
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    return dict_of(_of_project(_ledger(places), places).get(what))
+    ledger, project = _read_ledger(places)
+    return dict_of(dict_of(ledger.get(project)).get(what))
 
 
-def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
-    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
-    ledger = _ledger(places)
-    project = _of_project(ledger, places)
-    project[what] = dict(known)
-    ledger[os.path.realpath(places.state)] = project
+def _write_known(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Make `known` what _known reads, for who holds the trust_lock. Errors: UserError."""
+    ledger, project = _read_ledger(places)
+    ledger[project] = {**dict_of(ledger.get(project)), what: known}
     # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
@@ -7501,8 +7760,7 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        is_known = known.get(effect.name) == _digest(effect.data)
-        if effect.problem or not is_known:
+        if effect.problem or known.get(effect.name) != _digest(effect.data):
             new.append(effect)
     return new
 
@@ -7524,8 +7782,11 @@ def check_links(places: Places) -> None:
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
     """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
-    whole = [effect for effect in effects if not effect.problem]
-    _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
+    known = {}
+    for effect in effects:
+        if not effect.problem:
+            known[effect.name] = _digest(effect.data)
+    _write_known(places, part, known)
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -7537,8 +7798,7 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    written = _known(places, "written")
-    return written.get(name) == _digest(data)
+    return bool(_known(places, "written").get(name) == _digest(data))
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
@@ -7546,7 +7806,163 @@ def _remember(places: Places, name: str, data: bytes) -> None:
     with trust_lock(places):
         written = _known(places, "written")
         written[name] = _digest(data)
-        _note(places, "written", written)
+        _write_known(places, "written", written)
+
+
+# ---- what is shown of it, and asked
+
+
+def untrusted_line(places: Places) -> str:
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
+
+
+def check_run_trust(places: Places) -> None:
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
+    if is_trusted(places, "run"):
+        return
+    # Another start may have been writing litellm_config.yaml in that moment.
+    with trust_lock(places):
+        new = untrusted(places, "run", part_effects(places, "run"))
+    for effect in new:
+        if effect.problem:
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    if new:
+        names = ", ".join(effect.name for effect in new)
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                        f" programs, addresses or other files are named by {visible(names)}",
+                        "look at it, then run `llmstack trust`; an edit of your own needs that,"
+                        " too")
+
+
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
+# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
+# hook) is what a clone would use.
+_HARMLESS = [line.split() for line in """\
+$schema
+autoupdate
+disabled_providers
+provider * name
+provider * options headerTimeout
+provider * options chunkTimeout
+provider * models * name
+provider * models * limit
+provider * models * cost
+provider * models * reasoning
+provider * models * tool_call
+provider * models * temperature
+agent * description
+agent * mode
+agent * temperature
+command * description
+command * agent
+""".splitlines()]
+
+
+def _is_harmless(path: Sequence[str], value: Any) -> bool:
+    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
+    if value in ("deny", "disabled"):
+        return True
+    for known in _HARMLESS:
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
+            return True
+    return False
+
+
+def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _harmful_values(inner, (*path, str(key)))
+    elif not _is_harmless(path, value):
+        name = ".".join(("opencode.json", *path))
+        if not isinstance(value, str):
+            value = json.dumps(value)
+        yield name, value
+
+
+SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
+
+
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
+    shown = lines[:SHOWN_LINES]
+    more = len(lines) - len(shown)
+    if more:
+        shown.append(f"and {more} more lines")
+    return [("litellm_config.yaml", line) for line in shown]
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    """(what it is, its value) of what a thing to be trusted would do."""
+    name = effect.name
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    text = effect.data.decode("utf-8", "replace")
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name != "opencode.json":
+        return [(name, f"{len(text.splitlines())} lines")]
+    try:
+        return list(_harmful_values(json.loads(text), ()))
+    except (ValueError, RecursionError):
+        return [(name, "is not plain JSON; read it yourself")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = 0
+    shown = []
+    for name, value in rows:
+        name = visible(name, 80)
+        width = max(width, len(name))
+        shown.append((name, visible(value)))
+    return [f"{name:<{width}}  {value}" for name, value in shown]
+
+
+def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
+    """Trust just these, part by part. Errors: UserError."""
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+
+
+def offer_trust(places: Places, say: Say, ask: Ask) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    new: List[Effect] = []
+    # Another start may have been writing litellm_config.yaml in that moment.
+    with trust_lock(places):
+        effects = project_effects(places)
+        for part, of_part in effects.items():
+            new += untrusted(places, part, of_part)
+    # Where no more than problems is new, check_run_trust says what they are.
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        trust_effects(places, effects)
+        say("Trusted as it is now.")
 
 
 # ==================================================================================================
@@ -12956,15 +13372,16 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
-    # env looks for a bare name on PATH.
     if "/" in named:
         return named
+    # Behind env stands a bare name, which is one on PATH.
     return find_program(named)
 
 
 def _python_of(program: str) -> str:
     """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
-    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+    name = os.path.basename(program)
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", name):
         return program
     try:
         with open(program, "rb") as file:
@@ -12973,7 +13390,9 @@ def _python_of(program: str) -> str:
         # A program may be executable and not readable.
         python = ""
     if not python:
-        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+        # An environment's programs lie beside its Python.
+        folder = os.path.dirname(os.path.realpath(program))
+        python = os.path.join(folder, "python" + EXE)
     if not os.access(python, os.X_OK):
         raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
                         " nothing would keep web pages away from LiteLLM",
@@ -12990,7 +13409,7 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
         found = _expand(named)
         if os.path.basename(named) == named:
             found = find_program(named, ())
-        if not found or not os.access(found, os.X_OK):
+        if not os.access(found, os.X_OK):
             raise UserError(f"LITELLM_BIN names {named}, which is no program here",
                             "correct it, or leave it out", 2)
         return _python_of(found)
@@ -13031,9 +13450,10 @@ def litellm_config_path(places: Places) -> str:
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
     path = litellm_config_path(places)
+    # The guest refuses a file of another digest: it is not what was trusted.
     digest = _digest(_read_bytes(path))
-    return [*program, digest, "--config", path, "--host", "127.0.0.1",
-            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
+    options = f"--host 127.0.0.1 --port {port} --telemetry False --num_workers 1"
+    return [*program, digest, "--config", path, *options.split()]
 
 
 YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
@@ -13067,7 +13487,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     cache_path = os.path.join(places.data, "litellm.json")
     cache = _read_json(cache_path)
     digest = _digest(data)
-    known = parse_litellm_file(cache.pop(digest, None))
+    known = parse_litellm_file(cache.get(digest))
     if known:
         return known
     try:
@@ -13079,8 +13499,9 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         known = parse_litellm_file(answer)
         if known:
             # Eight versions are enough for the files of the projects in use.
-            latest = dict(list(cache.items())[-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
+            cache[digest] = answer
+            latest = list(cache.items())[-8:]
+            write_atomic(cache_path, json.dumps(dict(latest)))
     except (UserError, UnicodeDecodeError):
         # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
@@ -13125,12 +13546,15 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Option
     program = find_litellm(env, places.data)
     if not program:
         return None
-    command = litellm_command(program, places, config.litellm_port)
+    port = config.litellm_port
+    command = litellm_command(program, places, port)
     lacking = lacking_credentials(places, config, env, True)
-    able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
     # Only what auto may ask is worth a proxy before anybody has asked.
-    preload = any(hosted.role in LADDER_ROLES for hosted in able)
-    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
+    preload = False
+    for hosted in litellm_tiers(config):
+        if hosted.role in LADDER_ROLES and hosted.name not in lacking:
+            preload = True
+    return ProxyPlan(tier, tuple(command), port, PROXY_HEALTH, preload)
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, str]:
@@ -13138,16 +13562,18 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> D
     tiers = litellm_tiers(config)
     if not tiers:
         return {}
-    why = ""
+    why = INSTALL_LITELLM
     try:
-        if not find_litellm(env, places.data):
-            why = INSTALL_LITELLM
+        if find_litellm(env, places.data):
+            why = ""
     except UserError as exc:
         why = str(exc)
     if why:
         return {tier.name: why for tier in tiers}
-    lacking = lacking_credentials(places, config, env, True)
-    return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
+    unserved = {}
+    for name, variables in lacking_credentials(places, config, env, True).items():
+        unserved[name] = f"missing {', '.join(variables)}"
+    return unserved
 
 
 def _extended_litellm(path: str, program: Sequence[str],
@@ -13169,46 +13595,46 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
+    # Where every name stands somewhere in it, nobody is told to put in what is there.
     if all(name in text for name, _ in wanted):
         return {}
     return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str],
-                         say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Say) -> None:
+    """Give litellm_config.yaml an entry for each hosted tier without one.
 
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
     path = litellm_config_path(places)
     wanted = litellm_entries(config)
-    if not wanted:
-        return False
-    there = os.path.exists(path)
+    fate = "not written"
+    if os.path.exists(path):
+        fate = "left alone"
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if there else "not written"
-        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
-            f"{render_litellm_entries(wanted)}")
-        return False
+        entries = render_litellm_entries(wanted)
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n{entries}")
+        return
     for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
     if not answer.get("added"):
-        return False
-    verb = "Extended" if _read_bytes(path) else "Wrote"
+        return
+    verb = "Wrote"
+    if _read_bytes(path):
+        verb = "Extended"
     # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
         write_atomic(path, answer["text"])
         if trusted:
             record_effects(places, "run", part_effects(places, "run"))
-    say(f"{verb} {path}: {', '.join(answer['added'])}")
-    return True
+    added = ", ".join(answer["added"])
+    say(f"{verb} {path}: {added}")
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
+def prepare_hosted(places: Places, config: Config, say: Say, ask: Ask) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -13216,12 +13642,13 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
     """
     if not litellm_tiers(config):
         return ""
-    program = find_litellm(env, places.data)
+    data = places.data
+    program = find_litellm(places.env, data)
     if not program:
-        where = environment_dir(LITELLM, places.data)
+        where = environment_dir(LITELLM, data)
         if ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
-            install_environment(LITELLM, places.data, say)
-            program = find_litellm(env, places.data)
+            install_environment(LITELLM, data, say)
+            program = find_litellm(places.env, data)
     write_litellm_config(places, config, program, say)
     if not program:
         return INSTALL_LITELLM
@@ -15573,8 +16000,6 @@ class SwapApp(UpstreamApp):
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
 
-Say = Callable[[str], None]
-
 
 def pid_file(places: Places) -> str:
     return places.in_state("router.pid")
@@ -16381,20 +16806,19 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
     return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
-                          local: bool = True) -> str:
+def project_opencode_json(places: Places, config: Config, url: str, local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`.
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key = api_key(env)
+    key = api_key(places.env)
     mcp_url = ""
     if local:
-        marker = read_marker(places) or Marker("current")
-        config = true_config(config.on_channel(marker.channel), places)
+        channel = pinned_marker(places).channel
+        config = true_config(config.on_channel(channel), places)
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
-        if any(tier.backend == "litellm" for tier in config.offered):
+        if litellm_tiers(config):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
     return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
@@ -16453,7 +16877,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
     active = read_marker(places, "active-channel")
-    if active is not None and active.channel == "external" and active != marker:
+    if active and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
     if not trust:
         return changed
@@ -16466,15 +16890,13 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     return changed
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
-                   say: Say) -> None:
+def rewire_project(places: Places, config: Config, url: str, say: Say) -> None:
     """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old = _read_bytes(places.in_state("opencode.json"))
-    url = base_url(host, port)
-    text = project_opencode_json(places, config, url, env)
+    text = project_opencode_json(places, config, url)
     ours = _is_ours(places, "opencode.json", old)
     # A file that leads here stays as it is, whoever wrote it.
     if f'"{url}/v1"'.encode() in old:
@@ -16484,10 +16906,12 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    trust = is_new or is_trusted(places, "hook")
-    wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
+    # Where none of them is there yet, what is trusted is nothing.
+    trust = is_trusted(places, "hook")
+    wire_project(places, pinned_marker(places), text, say, trust)
 
+
+# ---- the thin client
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there
 # each time. Nothing that comes from there is used before its size and its type are checked.
@@ -16578,6 +17002,7 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     if isinstance(exc, socket.gaierror):
         return (f"its name is not found ({exc.strerror})",
                 "correct the URL, or give the address in numbers")
+    # The second is what upstream.get() says where bytes come, but too slowly.
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
         return (f"no answer within {REMOTE_PATIENCE_S:g} s",
                 "see that the machine is up and that no firewall stands between")
@@ -16609,15 +17034,18 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
         return (f"redirects to {place or 'nowhere'}",
                 "a login page stands before it: name the router's own address")
     if status == 401:
-        return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
-                "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+        what = "wants an API key"
+        if sent_key:
+            what = "refuses this LLMSTACK_API_KEY"
+        return what, "set LLMSTACK_API_KEY to the router's key, here and where opencode runs"
     if status == 404:
         return (f"answers 404{_said(body)}",
                 "correct the URL: a llmstack router answers there,"
                 " llama-server and llama-swap do not")
     if status != 200:
         return f"answers {status}{_said(body)}", "look at that machine's router.log"
-    if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
+    kind = response.header(b"content-type").lower()
+    if "html" in kind or body.lstrip().startswith(b"<"):
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
     return (f"is no models.ini, {problem}",
@@ -16629,7 +17057,8 @@ def _read_remote(body: bytes, where: str) -> Config:
     try:
         config, _ = parse_models_ini(decode_models_ini(body, where), where)
     except ConfigError as exc:
-        raise ValueError(visible(exc.problems[0].replace(where + ":", "line "))) from None
+        problem = exc.problems[0].replace(where + ":", "line ")
+        raise ValueError(visible(problem)) from None
     if not config.tiers:
         raise ValueError("it names no tier")
     return config
@@ -16685,12 +17114,13 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
-    remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    remote = fetch_remote(trusted_url(places), places.env, insecure)
+    url = remote.url
     # Shells show what runs, and the router has just answered.
-    marker = Marker("external", remote.url)
+    marker = Marker("external", url)
     write_atomic(places.in_state("active-channel"), render_marker(marker))
-    say(f"Router  {remote.url}/v1 is up")
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    say(f"Router  {url}/v1 is up")
+    text = project_opencode_json(places, remote.config, url, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
         say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
             " `llmstack install` writes opencode.json anew")
@@ -16708,12 +17138,14 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     for tier in remote.config.tiers:
         state = states.get(tier.name, (otherwise, None))
         row = _tier_row(tier, state, told.get(tier.name, {}))
-        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
-        rows.append({**row, **shown})
+        for key, value in row.items():
+            if isinstance(value, str):
+                row[key] = visible(value)
+        rows.append(row)
     return rows
 
 
-def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
+def external_status(places: Places) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
     router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
@@ -16729,7 +17161,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         "problem": None,
     }
     try:
-        remote = fetch_remote(trusted_url(places), env)
+        remote = fetch_remote(trusted_url(places), places.env)
     except UserError as exc:
         status["problem"] = f"{exc}; {exc.hint}"
         return status
@@ -16858,7 +17290,7 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
 # SHELL
 # ==================================================================================================
 # The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
-# say, so both ask first whether the project is trusted; what asks a person stands here, too.
+# say, so both ask first whether the project is trusted.
 
 HOOK_FILES = {
     "bash": ".bash_llmstack_hook",
@@ -16868,36 +17300,9 @@ HOOK_FILES = {
 }
 
 
-def untrusted_line(places: Places) -> str:
-    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
-def check_run_trust(places: Places) -> None:
-    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
-    if is_trusted(places, "run"):
-        return
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        new = untrusted(places, "run", part_effects(places, "run"))
-    if not new:
-        return
-    for effect in new:
-        if effect.problem:
-            # Of a models.ini this says more.
-            load_config(places)
-            path = visible(places.in_state(effect.name))
-            raise UserError(f"{path} {visible(effect.problem)}",
-                            "it cannot be trusted so: mend it, or move it away")
-    what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
-                    f" programs, addresses or other files are named by {what}",
-                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
-
-
 def _is_hooked(state: str) -> bool:
     """True for the .llmstack/ of a project as the shell hooks see it."""
-    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    files = [os.path.join(state, name) for name in ("default-channel", "opencode.json")]
     return any(map(os.path.isfile, files))
 
 
@@ -16910,10 +17315,13 @@ def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
     # $PWD has the shell's spelling: a link in it may lead out of a project.
     here = env.get("PWD", "")
-    if not os.path.isabs(here) or not os.path.samefile(here, "."):
+    is_ours = os.path.isabs(here) and os.path.samefile(here, ".")
+    if not is_ours:
         here = os.getcwd()
     project = project_above(here)
-    return os.path.realpath(project) if project else ""
+    if not project:
+        return ""
+    return os.path.realpath(project)
 
 
 def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
@@ -16923,8 +17331,9 @@ def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     if new is None or env.get(name) != new:
         return
     del env[name]
-    was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
-    if old is not None and was_set:
+    # A variable of the shell's own was no program's to see.
+    kind = env.get(f"_llmstack_had_{name}", "x")
+    if old is not None and kind == "x":
         env[name] = old
 
 
@@ -16935,7 +17344,10 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     are the first's.
     """
     _, _, project = hook_parts(env)
-    if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
+    # The shell of `start` stays in its project, wherever it goes.
+    if not project or env.get("LLMSTACK_ACTIVE"):
+        return
+    if env.get("LLMSTACK_WORK_DIR") != project:
         return
     try:
         here = _shells_project(env)
@@ -16958,10 +17370,11 @@ def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
     config = places.in_state("opencode.json")
     if os.path.isfile(config):
         values["OPENCODE_CONFIG"] = config
+    channel = marker.channel
     values["LLMSTACK_WORK_DIR"] = places.work
-    values["LLMSTACK_CHANNEL"] = marker.channel
+    values["LLMSTACK_CHANNEL"] = channel
     values["LLMSTACK_ROOT"] = os.path.dirname(PROGRAM)
-    if marker.channel == "external":
+    if channel == "external":
         values["LLMSTACK_REMOTE_URL"] = marker.url
     return values
 
@@ -16970,26 +17383,33 @@ def _can_paint(env: Mapping[str, str]) -> bool:
     """Whether a prompt may have a colour of the 256."""
     if env.get("NO_COLOR"):
         return False
-    return bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS)
+    if IS_WINDOWS or env.get("COLORTERM"):
+        return True
+    return "256color" in env.get("TERM", "")
 
 
-def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+def _shell_prefix(shell: str, places: Places, marker: Marker) -> str:
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(env))
+    colour = _can_paint(places.env)
+    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
 
 
 def hook_text(shell: str, data: str) -> str:
     """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
-    parts = [read_shared_text(f"hooks/{name}") for name in HOOK_SOURCES[shell]]
+    text = ""
+    for name in HOOK_SOURCES[shell]:
+        text += read_shared_text(f"hooks/{name}")
+    # An embedded Python may not know its own program.
     python = sys.executable or find_program("python3")
-    return render_hook(shell, "".join(parts), python, PROGRAM, trust_file(data))
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(hook_text(shell, data))
-    write_where_other(path, raw)
+    text = hook_text(shell, data)
+    # In it stand paths, whose bytes need be no text.
+    write_where_other(path, os.fsencode(text))
     return path
 
 
@@ -17001,29 +17421,30 @@ def _touch_trust(data: str) -> None:
         pass
 
 
-def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
+def hook_answer(places: Places, shell: str, tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing.
 
     `tell` gets the reason.
     """
-    files = [places.in_state(name) for name in _HOOK_FILES]
+    effects = part_effects(places, "hook")
     # The project may have gone since the shell looked.
-    if not any(map(os.path.lexists, files)):
+    if not effects:
         return ""
-    if not is_trusted(places, "hook"):
+    if untrusted(places, "hook", effects):
         tell(untrusted_line(places))
         return ""
     pin = places.in_state("default-channel")
-    marker = read_marker(places)
-    if marker is None and os.path.exists(pin):
+    if os.path.exists(pin) and read_marker(places) is None:
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
     _touch_trust(places.data)
-    marker = marker or Marker("current")
-    level, of_shell, _ = hook_parts(env)
+    marker = pinned_marker(places)
+    values = shell_values(places, marker)
+    prefix = _shell_prefix(shell, places, marker)
+    # The shell's part stays, and the project's is this one from now on.
+    level, of_shell, _ = hook_parts(places.env)
     hook = f"{level}:{of_shell}:{places.work}"
-    prefix = _shell_prefix(shell, places, marker, env)
-    return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
+    return render_hook_answer(shell, values, places.env, prefix, hook)
 
 
 def shell_program(env: Mapping[str, str]) -> str:
@@ -17034,9 +17455,13 @@ def shell_program(env: Mapping[str, str]) -> str:
     named = env.get("LLMSTACK_SHELL")
     if named:
         return find_program(named) or named
-    if IS_WINDOWS:
-        return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
-    return env.get("SHELL") or "/bin/sh"
+    if not IS_WINDOWS:
+        return env.get("SHELL") or "/bin/sh"
+    for name in ("pwsh", "powershell"):
+        found = find_program(name)
+        if found:
+            return found
+    return env.get("COMSPEC", "cmd.exe")
 
 
 def _write_zdotdir(directory: str, text: str) -> None:
@@ -17064,19 +17489,21 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    prefix = _shell_prefix(shell, places, marker, env)
+    prefix = _shell_prefix(shell, places, marker)
     text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
-        env["ZDOTDIR"] = places.in_state("zdotdir")
-        _write_zdotdir(env["ZDOTDIR"], text)
+        path = places.in_state("zdotdir")
+        _write_zdotdir(path, text)
+        env["ZDOTDIR"] = path
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
     import base64
+    # PowerShell's own way to be given a text: no quote of it can end a word.
     encoded = base64.b64encode(text.encode("utf-16-le")).decode()
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
@@ -17098,7 +17525,7 @@ def _become(command: List[str], env: Mapping[str, str]) -> int:
     return subprocess.call(command, env=env)
 
 
-def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
+def open_shell(places: Places, marker: Marker) -> int:
     """Become a shell in which opencode finds the project; does not return but on Windows.
 
     The process is replaced rather than waited for: job control, signals and the exit code are the
@@ -17106,14 +17533,16 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
-    places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
-    values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = dict(values)
-    for name, value in env.items():
+    places = places_at(places.data, work, places.env)
+    values = shell_values(places, marker)
+    values["LLMSTACK_ACTIVE"] = "1"
+    inside = {}
+    for name, value in places.env.items():
         # What a hook has noted for itself is of the shell around this one.
         if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
-            inside.setdefault(name, value)
-    program = shell_program(env)
+            inside[name] = value
+    inside.update(values)
+    program = shell_program(places.env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
     try:
@@ -17125,7 +17554,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
 
 def _shown_marker(places: Places) -> Marker:
     """The channel that a running shell is to show: what runs, else what the project pins."""
-    pinned = read_marker(places) or Marker("current")
+    pinned = pinned_marker(places)
     active = read_marker(places, "active-channel") or pinned
     # An address in active-channel is nothing that was trusted.
     if "external" in (active.channel, pinned.channel):
@@ -17133,148 +17562,32 @@ def _shown_marker(places: Places) -> Marker:
     return active
 
 
-def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
+def shell_lines(places: Places, shell: str) -> str:
     """What a running shell is to evaluate so that it has the project as it is now.
 
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
+    env = places.env
     inside = bool(env.get("LLMSTACK_ACTIVE"))
     if hooked_shell(env) and not inside:
-        return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
+        return render_own_variable(shell, "key", "?") + "\n"
     if not is_trusted(places, "hook"):
         return ""
     marker = _shown_marker(places)
-    values = shell_values(places, marker)
-    lines = []
-    for name in SHELL_VARIABLES:
-        if name in values or (inside and name in env):
-            lines.append(render_assignment(shell, name, values.get(name)))
+    values: Dict[str, Optional[str]] = {**shell_values(places, marker)}
     if inside:
-        prefix = _shell_prefix(shell, places, marker, env)
-        lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
+        # The shell of `start` has nothing of before to go back to.
+        for name in SHELL_VARIABLES:
+            if name in env:
+                values.setdefault(name, None)
+    lines = []
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    if inside:
+        prefix = _shell_prefix(shell, places, marker)
+        lines.append(render_own_variable(shell, "prefix", prefix))
     return "\n".join(lines) + "\n"
-
-
-# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
-# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
-# hook) is what a clone would use.
-_HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema",
-    "autoupdate",
-    "disabled_providers",
-    "provider * name",
-    "provider * options headerTimeout",
-    "provider * options chunkTimeout",
-    "provider * models * name",
-    "provider * models * limit",
-    "provider * models * cost",
-    "provider * models * reasoning",
-    "provider * models * tool_call",
-    "provider * models * temperature",
-    "agent * description",
-    "agent * mode",
-    "agent * temperature",
-    "command * description",
-    "command * agent",
-))
-
-
-def _is_harmless(path: Sequence[str], value: Any) -> bool:
-    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
-    if value in ("deny", "disabled"):
-        return True
-    for known in _HARMLESS:
-        # All that lies below a harmless key is harmless, too.
-        if len(path) < len(known):
-            continue
-        if all(word in ("*", key) for word, key in zip(known, path)):
-            return True
-    return False
-
-
-def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of an opencode.json that may do harm."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _harmful_values(inner, (*path, str(key)))
-    elif not _is_harmless(path, value):
-        text = value if isinstance(value, str) else json.dumps(value)
-        yield ".".join(("opencode.json", *path)), text
-
-
-SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
-
-
-def _config_rows(text: str) -> List[Tuple[str, str]]:
-    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    name = "litellm_config.yaml"
-    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
-    rows = [(name, line) for line in lines[:SHOWN_LINES]]
-    more = len(lines) - len(rows)
-    if more:
-        rows.append((name, f"and {more} more lines"))
-    return rows
-
-
-def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
-    """(what it is, its value) of what a thing to be trusted would do."""
-    name = effect.name
-    if effect.problem or effect.shown:
-        return [(name, effect.problem or effect.shown)]
-    text = effect.data.decode("utf-8", "replace")
-    if name == "litellm_config.yaml":
-        return _config_rows(text)
-    if name == "default-channel":
-        return [(name, text.strip())]
-    if name != "opencode.json":
-        return [(name, f"{len(text.splitlines())} lines")]
-    try:
-        return list(_harmful_values(json.loads(text), ()))
-    except (ValueError, RecursionError):
-        return [(name, "is not plain JSON; read it yourself")]
-
-
-def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
-    """The lines that show what is to be trusted, fit to print."""
-    rows = [("project", places.work)]
-    for effect in effects:
-        rows += _effect_rows(effect)
-    shown = [(visible(name, 80), visible(value)) for name, value in rows]
-    width = max(len(name) for name, _ in shown)
-    return [f"{name:<{width}}  {value}" for name, value in shown]
-
-
-def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
-    """Trust just these, part by part. Errors: UserError."""
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-
-
-def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
-    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
-
-    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
-    Errors: UserError.
-    """
-    if all(is_trusted(places, part) for part in _PARTS):
-        return
-    new: List[Effect] = []
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        effects = project_effects(places)
-        for part, of_part in effects.items():
-            new += untrusted(places, part, of_part)
-    # Where no more than problems is new, check_run_trust says what they are.
-    if all(effect.problem for effect in new):
-        return
-    facts = "\n".join(trust_facts(places, new))
-    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
-        trust_effects(places, effects)
-        say("Trusted as it is now.")
 
 
 # ==================================================================================================
@@ -17893,14 +18206,13 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
+        text = decode_models_ini(*_models_ini_bytes(places))
+        check_queued(config, profile_of(text))
         return "next"
-    marker = read_marker(places)
-    if not running and marker:
-        running = marker.channel
-    if running != "next":
+    channel = running or pinned_marker(places).channel
+    if channel != "next":
         return "current"
-    if not any(t.has_next for t in config.tiers):
+    if not any(tier.has_next for tier in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
         return "current"
     return "next"
@@ -17919,20 +18231,23 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
 
     Errors: UserError.
     """
-    host, port, channel = config.host, config.router_port, ""
+    host, port = config.host, config.router_port
+    running = ""
     record = running_record(places)
     if record is not None:
-        host, port, channel = record.host, record.port, record.channel
-    host, port = args.host or host, args.port or port
+        host, port = record.host, record.port
+        running = record.channel
+    host = args.host or host
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
+    port = args.port or port
     # Before anything is started: others could reach it from its first second.
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
-    config = config.on_channel(chosen_channel(places, config, args.channel, channel))
-    return Plan(places, config, host, port, kind)
+    channel = chosen_channel(places, config, args.channel, running)
+    return Plan(places, config.on_channel(channel), host, port, kind)
 
 
 def port_number(text: str) -> int:
@@ -17963,7 +18278,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if marker.channel == "external":
         stays = ""
     say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
-    return open_shell(places, env, marker)
+    return open_shell(places, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
@@ -17974,6 +18289,9 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
+
+
+# ---- the commands in extras/
 
 
 def extra_names() -> List[str]:
@@ -17989,8 +18307,8 @@ def extra_names() -> List[str]:
     except OSError:
         # A copy of this file alone has none.
         pass
-    found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
-    return sorted(match.group(1).replace("_", "-") for match in found if match)
+    names = re.findall(r"(?m)^extras/([a-z_]+)\.py$", "\n".join(files))
+    return sorted(name.replace("_", "-") for name in names)
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -18078,10 +18396,12 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(result)
 
 
-def _warn_unserved(places: Places, config: Config,
-                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+# ---- start and stop
+
+
+def _warn_unserved(places: Places, config: Config, ask: Ask = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, places.env, say, ask)
+    why = prepare_hosted(places, config, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
@@ -18093,10 +18413,11 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    this_module = sys.modules[__name__]
     demo: Any = None
     if args.demo:
         demo = load_extra("demo")
-        demo.prepare_demo(args, places, sys.modules[__name__])
+        demo.prepare_demo(args, places, this_module)
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -18110,14 +18431,15 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
+        config = load_config(places)
+        plan = plan._replace(config=config.on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
-    rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
+        return int(demo.show_demo(args, places, plan.url, this_module))
+    rewire_project(places, plan.config, plan.url, say)
     # Whoever restarts knows these two.
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
@@ -18170,9 +18492,12 @@ def _cmd_stop(args: Any) -> int:
     return 0
 
 
+# ---- status
+
+
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     if pinned_url(places):
-        return {**external_status(places, places.env), "downloads": []}
+        return {**external_status(places), "downloads": []}
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
@@ -18188,12 +18513,15 @@ def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     drafting = value_in(rows.get("now"), "drafting")
     for row in rows["tiers"]:
         name = row["name"]
-        if row.get("settings"):
-            notes.append(f"{name}: {visible(row['settings'])}")
-        if row.get("parking"):
-            notes.append(f"Note: {name}: parking {row['parking']}")
-        if text_in(drafting, name):
-            notes.append(f"Note: {name}: {text_in(drafting, name)}")
+        # A thin client's rows have neither of these two.
+        settings, parking = row.get("settings"), row.get("parking")
+        if settings:
+            notes.append(f"{name}: {visible(settings)}")
+        if parking:
+            notes.append(f"Note: {name}: parking {parking}")
+        drafts = text_in(drafting, name)
+        if drafts:
+            notes.append(f"Note: {name}: {drafts}")
     return notes
 
 
@@ -18222,11 +18550,13 @@ _SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
+    state = row["state"]
+    row = {**row, "state": _SNAPSHOT_WORDS.get(state, state)}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
-    if not cached_model(weights_for(tier), places.env):
+    weights = weights_for(tier)
+    if not cached_model(weights, places.env):
         row.update(state="not here", reason=fetching_words(tier))
     return row
 
@@ -18242,40 +18572,45 @@ def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
 
 def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     """What there is to say of a stack that is down, ailing or older than this program."""
-    lines = [f"Project  {rows['project']}"]
-    if rows["channel"]:
-        lines[0] += f" ({rows['channel']})"
-    if rows.get("problem"):
-        return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
-    lines.append(_part_line("router", rows["router"]))
+    channel, problem = rows["channel"], rows.get("problem")
+    title = f"Project  {rows['project']}"
+    if channel:
+        title += f" ({channel})"
+    if problem:
+        # A thin client whose router is down has no tiers to show.
+        return [title, f"Router   {paint('not reached', '31')}, {problem}"]
+    lines = [title, _part_line("router", rows["router"])]
     # The engine of a thin client is on another machine.
-    if rows["channel"] != "external":
+    if channel != "external":
         lines.append(_part_line("engine", rows["engine"]))
-    tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
-             for row in rows["tiers"]]
-    # A thin client whose router is down has no tiers to show.
+    tiers = []
+    for row in rows["tiers"]:
+        row = _at_rest(row, rows, places, config)
+        tiers.append(tier_line(row, {}, time.time()))
+    columns = output_columns()
     if tiers:
-        lines += ["", *render_table(tiers, output_columns(), paint)]
+        lines += ["", *render_table(tiers, columns, paint)]
     lines += _status_notes(rows)
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+    pressure = rows.get("memory_pressure")
+    if pressure:
+        lines.append(f"Memory   {paint(pressure, '33')}: idle models are unloaded,"
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    lines += download_lines(rows, output_columns())
+    lines += download_lines(rows, columns)
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
 
 
 def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
-    now = rows.get("now") or {}
     # A router of an older version tells no snapshot.
-    if not rows["running"] or not dicts_in(now, "tiers"):
+    told = rows.get("now") or {}
+    if not rows["running"] or not dicts_in(told, "tiers"):
         return _status_of_parts(rows, places, config)
-    now = {**now, "downloads": rows["downloads"]}
+    snapshot = {**told, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
+    lines = render_snapshot(snapshot, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -18284,7 +18619,10 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return run_extra("watch", ["--demo"] if args.demo else [])
+        words = []
+        if args.demo:
+            words = ["--demo"]
+        return run_extra("watch", words)
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -18295,9 +18633,15 @@ def _cmd_status(args: Any) -> int:
         # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
+    lines = _status_lines(rows, places, config)
+    code = 1
+    if rows["running"]:
+        code = 0
     # Its problems come last, where they are read.
-    return show(Result(rows, _status_lines(rows, places, config), int(not rows["running"]),
-                       args.json, problem=broken))
+    return show(Result(rows, lines, code, args.json, problem=broken))
+
+
+# ---- shells, and trust
 
 
 def _shell_in_use(env: Mapping[str, str]) -> str:
@@ -18309,14 +18653,15 @@ def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
     if not text:
         return
+    text = text.rstrip("\n")
     # On a terminal the text is shown, and not evaluated.
     if sys.stdout.isatty():
-        say(text.rstrip("\n"))
+        say(text)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and the shell needs them as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
-    write_out(text.rstrip("\n") + "\n")
+    write_out(text + "\n")
 
 
 def _cmd_reload(args: Any) -> int:
@@ -18327,7 +18672,7 @@ def _cmd_reload(args: Any) -> int:
         tell = say
     if not args.demo:
         shell = args.shell or _shell_in_use(places.env)
-        _say_raw(shell_lines(places, shell, places.env))
+        _say_raw(shell_lines(places, shell))
         if not is_trusted(places, "hook"):
             tell(untrusted_line(places))
         if pinned_url(places):
@@ -18362,8 +18707,9 @@ def _cmd_hook(shell: str, directory: str) -> int:
 
     It does without argparse, whose import takes longer than all of it.
     """
-    places = places_at(data_dir(os.environ), os.path.realpath(directory))
-    _say_raw(hook_answer(places, shell, places.env, _tell))
+    work = os.path.realpath(directory)
+    places = places_at(data_dir(os.environ), work)
+    _say_raw(hook_answer(places, shell, _tell))
     return 0
 
 
@@ -18378,7 +18724,7 @@ def _cmd_trust(args: Any) -> int:
                         "run `llmstack install` there")
     # Read first: what changes behind the showing is not trusted.
     effects = project_effects(places)
-    every = [effect for part in effects.values() for effect in part]
+    every = list(itertools.chain(*effects.values()))
     for line in trust_facts(places, every):
         say(line)
     trust_effects(places, effects)
@@ -18390,8 +18736,9 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _default_remote() -> str:
-    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+# ---- install
+
+DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
@@ -18401,7 +18748,7 @@ def _external_url(args: Any, places: Places) -> str:
     named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
     # --external without a URL is the environment's, else the usual address.
     if args.external is not None:
-        return args.external or named or _default_remote()
+        return args.external or named or DEFAULT_REMOTE
     return named or trusted_url(places)
 
 
@@ -18414,15 +18761,16 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, places.env, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, places.env, local=False)
+    config, url = remote.config, remote.url
+    text = project_opencode_json(places, config, url, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
     check_state(places)
     leave_daemons(places, remote, say)
-    _wire(places, Marker("external", remote.url), text, remote.config)
-    names = ", ".join(t.name for t in remote.config.tiers)
-    say(f"This project uses the router at {remote.url}: {names}.")
+    _wire(places, Marker("external", url), text, config)
+    names = ", ".join(tier.name for tier in config.tiers)
+    say(f"This project uses the router at {url}: {names}.")
     if args.insecure:
         warn("its certificate was not verified; opencode verifies it, so name it in"
              " NODE_EXTRA_CA_CERTS before you run that")
@@ -18438,14 +18786,13 @@ def _install_local(args: Any, places: Places) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, ask_person)
-    config = config.on_channel(chosen_channel(places, config, args.channel))
-    config = true_config(config, places, warn)
+    channel = chosen_channel(places, config, args.channel)
+    config = true_config(config.on_channel(channel), places, warn)
     url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, places.env)
+    text = project_opencode_json(places, config, url)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = config.channel
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -18463,6 +18810,9 @@ def _cmd_install(args: Any) -> int:
     if url:
         return _install_external(args, places, url)
     return _install_local(args, places)
+
+
+# ---- processes behind the commands
 
 
 def _cmd_daemon(args: Any) -> int:
@@ -18496,6 +18846,9 @@ def _cmd_version(args: Any) -> int:
     return 0
 
 
+# ---- the table of commands
+
+
 class Argument(NamedTuple):
     """An option or an argument of a command."""
 
@@ -18503,12 +18856,18 @@ class Argument(NamedTuple):
     settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _option(names: str, about: str, **settings: Any) -> Argument:
+def _argument(names: str, about: str, **settings: Any) -> Argument:
     return Argument(names, {"help": about, **settings})
 
 
-def _flag(names: str, about: str) -> Argument:
-    return _option(names, about, action="store_true")
+def _switch(names: str, about: str) -> Argument:
+    return _argument(names, about, action="store_true")
+
+
+def _channel(channel: str, about: str) -> Argument:
+    """The option that chooses a channel: none of them leaves "", which stands for neither."""
+    return _argument(f"--{channel}", about, dest="channel", action="store_const", const=channel,
+                     default="")
 
 
 class Command(NamedTuple):
@@ -18521,93 +18880,89 @@ class Command(NamedTuple):
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
 
 
-_CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
-_NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
-                const="next", **_CHANNEL)
-_CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
-                   const="current", **_CHANNEL)
-_HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
-_PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
-                type=port_number)
-_JSON = _flag("--json", "for programs")
-_DEMO = _flag("--demo", "the demo's")
-_PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
-                   f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
-                   metavar="NAME", default="")
-_STACK_OPTIONS = (
-    _flag("--detach --no-shell", "daemons only, no shell"),
-    _flag("--demo", "a small model of its own, for a first look on any machine"),
+_NEXT = _channel("next", "run the queued upgrades (hf_file_next, model_next)")
+_DEMO = _switch("--demo", "the demo's")
+_PROFILE = _argument("--profile", "for a directory without models.ini: the tiers for a machine with"
+                     f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
+                     metavar="NAME", default="")
+_STACK_ARGUMENTS = (
+    _switch("--detach --no-shell", "daemons only, no shell"),
+    _switch("--demo", "a small model of its own, for a first look on any machine"),
     _NEXT,
-    _CURRENT,
-    _HOST,
-    _PORT,
-    _flag("--insecure", "thin client: do not verify the router's certificate"),
+    _channel("current", "run the current models, whatever LLMSTACK_USE_NEXT says"),
+    _argument("--host", "address to listen on (models.ini: host)", metavar="H"),
+    _argument("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
+              type=port_number),
+    _switch("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
         " models.ini where there is none. Without an option the channel stays as it is.",
-        (_flag("--insecure", "do not verify that router's certificate"),
+        (_switch("--insecure", "do not verify that router's certificate"),
          _PROFILE,
-         _flag("-n --print", "print opencode.json and write nothing")),
-        (_option("--current", "pin the current models", const="current", **_CHANNEL),
-         _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
-                 **_CHANNEL),
-         _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                 f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const=""))),
+         _switch("-n --print", "print opencode.json and write nothing")),
+        (_channel("current", "pin the current models"),
+         _channel("next", "pin the queued upgrades (hf_file_next, model_next)"),
+         _argument("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                   f" {DEFAULT_REMOTE}) instead of one of this project",
+                   metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
         " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
         " (see activate), a shell follows in which opencode finds the project.",
-        (_PROFILE, *_STACK_OPTIONS)),
+        (_PROFILE, *_STACK_ARGUMENTS)),
     "stop": Command(
         _cmd_stop, "stop this project's daemons",
         "Stop this project's daemons and the model servers they started, and nothing else.",
-        (_flag("--demo", "stop the demo's"),
-         _flag("--forget", "and delete every parked conversation"))),
+        (_switch("--demo", "stop the demo's"),
+         _switch("--forget", "and delete every parked conversation"))),
     "restart": Command(
         functools.partial(_bring_up, again=True), "stop, then start",
         "Stop and start again, on the same address and channel unless told otherwise. Loaded"
         " models are unloaded.",
-        _STACK_OPTIONS),
+        _STACK_ARGUMENTS),
     "status": Command(
         _cmd_status, "what runs, and in what state",
         "Show the daemons and the tiers, probed now. Exit code 0 when the stack is up, 1 when it is"
         " not.",
-        (_JSON, _flag("--watch", "go on showing it, until Ctrl-C"), _DEMO)),
+        (_switch("--json", "for programs"),
+         _switch("--watch", "go on showing it, until Ctrl-C"),
+         _DEMO)),
     "reload": Command(
         _cmd_reload, "let the running router and this shell read the project again",
         "Check models.ini and have the router read it again: routing changes at once, without a"
         " restart. Tiers and flags of models need `llmstack restart`. Printed is what the shell is"
         " to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.",
         (_DEMO,
-         _option("--shell", "whose language to print (default: that of the hook, of"
-                 " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
+         _argument("--shell", "whose language to print (default: that of the hook, of"
+                   " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
         " In the shell's start-up file: eval \"$(llmstack activate zsh)\".",
-        (_option("shell", "whose hook", choices=SHELLS),)),
+        (_argument("shell", "whose hook", choices=SHELLS),)),
     "trust": Command(
         _cmd_trust, "let a project's .llmstack/ take effect on this machine",
         "Show what a project's .llmstack/ would put into effect, and trust it as it is now. What"
         " `install` writes is trusted already; a changed file is to be trusted again.",
-        (_option("directory", "the project (default: the one we are in)", metavar="DIR",
-                 nargs="?"),)),
+        (_argument("directory", "the project (default: the one we are in)", metavar="DIR",
+                   nargs="?"),)),
     "version": Command(_cmd_version, "print the version"),
     "help": Command(None, "list the commands, or explain one", arguments=(
-        _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
+        _argument("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
     "_daemon": Command(_cmd_daemon, arguments=(
         _NEXT,
-        _option("--host", "", required=True),
-        _option("--port", "", type=port_number, required=True),
-        _option("--engine", "", required=True))),
+        _argument("--host", "", required=True),
+        _argument("--port", "", type=port_number, required=True),
+        _argument("--engine", "", required=True))),
     "_download": Command(_cmd_download_worker),
 }
 
+
+# ---- reading a command line
 
 # What else a command is called -> its name.
 OTHER_NAMES = {
@@ -18629,10 +18984,13 @@ def render_examples(prog: str) -> str:
         lines = read_shared_text("examples.txt").splitlines()
     except UserError:
         return ""
-    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    if not mine:
+    text = ""
+    for line in lines:
+        if line.startswith(f"{prog} "):
+            text += f"  {line}\n"
+    if not text:
         return ""
-    return "\nexamples:\n" + "".join(mine)
+    return "\nexamples:\n" + text
 
 
 def new_parser(prog: str, description: str, **options: Any) -> Any:
@@ -18671,29 +19029,26 @@ def command_parser(name: str) -> Any:
     parser = new_parser("llmstack " + name, command.description)
     if command.one_of:
         group = parser.add_mutually_exclusive_group()
-        for option in command.one_of:
-            group.add_argument(*option.names.split(), **option.settings)
-    for option in command.arguments:
-        parser.add_argument(*option.names.split(), **option.settings)
+        for argument in command.one_of:
+            group.add_argument(*argument.names.split(), **argument.settings)
+    for argument in command.arguments:
+        parser.add_argument(*argument.names.split(), **argument.settings)
     parser.set_defaults(run=command.run)
     return parser
-
-
-def extra_summary(name: str) -> str:
-    """The first line of an extra's docstring, "" where the extra is not here."""
-    try:
-        text = read_resource(extra_file(name)).decode("utf-8")
-    except UserError:
-        return ""
-    line = text.partition("\n")[0].strip('".')
-    return line[:1].lower() + line[1:]
 
 
 def _summary(name: str) -> str:
     """What `help` says of a command, "" where it is not here."""
     if name in COMMANDS:
         return COMMANDS[name].about
-    return extra_summary(name)
+    try:
+        text = read_resource(extra_file(name)).decode("utf-8")
+    except UserError:
+        return ""
+    # The first line of its docstring, as a phrase.
+    line, _, _ = text.partition("\n")
+    line = line.strip('".')
+    return line[:1].lower() + line[1:]
 
 
 def render_help() -> str:
@@ -18701,11 +19056,13 @@ def render_help() -> str:
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        summaries = {name: _summary(name) for name in names}
-        here = [name for name in names if summaries[name]]
-        if here:
-            lines += ["", heading]
-        lines += [f"  {name:<18}  {summaries[name]}" for name in here]
+        rows = []
+        for name in names:
+            about = _summary(name)
+            if about:
+                rows.append(f"  {name:<18}  {about}")
+        if rows:
+            lines += ["", heading, *rows]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -18761,8 +19118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         # A models.ini has all its problems shown at once.
-        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
-        for problem in problems:
+        for problem in exc.problems:
             _tell(f"llmstack: error: {problem}")
         if exc.hint:
             _tell(f"hint: {exc.hint}")
@@ -18777,8 +19133,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         # `llmstack status | head` closes its output and wants no message.
-        if exc.message:
-            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
+        if exc.args:
+            _tell(f"llmstack: error: {exc}\nhint: redirect the output elsewhere")
         return 1
 
 
