@@ -14605,8 +14605,8 @@ class Bay:
 # unloads what is idle while memory is short.
 #
 # One lock, Engine._lock, guards the models and the queue; who waits for either waits on _changed,
-# its condition. No server is asked and no process waited for under it. While a model is "starting" or "stopping"
-# its process belongs to that thread: others may only set `cancelled`.
+# its condition. No server is asked and no process waited for under it. While a model is "starting"
+# or "stopping" its process belongs to that thread: others may only set `cancelled`.
 
 
 class Model:
