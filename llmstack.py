@@ -2663,7 +2663,7 @@ def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
             for flag in refused_flags:
                 what = " ".join(flag)
                 lines.append(f"[{tier.name}] {key}: this llama-server refuses {what}")
-    return lines
+    return list(dict.fromkeys(lines))           # args may say the same flag twice
 
 
 def settings_words(config: Config, tier: Tier) -> str:
