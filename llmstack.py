@@ -5524,18 +5524,25 @@ def tokens_said(said: bytes) -> Counts:
 # llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
-    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
-    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
-    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+    r"|prompt is too long|maximum (?:context|prompt) length|exceed context limit"
+    r"|exceeds? the (?:available|model's) context"
+    r"|longer than the (?:model's context|maximum model length)"
+    r"|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context|allowed length \([0-9]+ tokens)"
+    r"|too many tokens", re.IGNORECASE)
+# The prompt's own count comes before one that has the answer's room in it.
 _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r'"n_prompt_tokens"\s*:\s*([0-9]+)',
     r"request \(([0-9]+) tokens\)",
     r"prompt is too long: ([0-9]+) tokens",
+    r"exceed context limit: ([0-9]+)",
     r"resulted in ([0-9]+) tokens",
+    r"([0-9]+) (?:in the messages|in your prompt|of text input|tokens from the input)",
     r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
-    r"\(([0-9]+) in the messages",
     r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
-    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+    r"prompt \(length ([0-9]+)\)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens",
+    r"input token count \(([0-9]+)\)"))
 
 
 def prompt_tokens_said(status: int, text: str) -> int:
