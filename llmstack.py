@@ -9085,8 +9085,7 @@ class _Answer:
 # The first event of a stream that is no comment, whole.
 _EVENT = re.compile(
     rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(
-    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
@@ -9106,9 +9105,24 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     return payload
 
 
+def _says_error(event: bytes) -> bool:
+    """Whether an event is an error, in any of the shapes that servers and providers give it."""
+    if event.startswith((b"event: error", b"event:error")):
+        return True
+    found = _EVENT_JSON.search(event)
+    if b"error" not in event or found is None:
+        return False
+    try:
+        said = json.loads(found.group(1))
+    except (ValueError, RecursionError):        # cut short: it is longer than errors are
+        return False
+    failed = said.get("type") in ("error", "response.failed")
+    return failed or said.get("object") == "error" or bool(said.get("error"))
+
+
 def event_error(event: bytes) -> int:
     """The status that an error event stands for, 0 for an event that is none."""
-    if not _ERROR_EVENT.search(event):
+    if not _says_error(event):
         return 0
     code = _ERROR_CODE.search(event)
     return int(code.group(1)) if code else 500

@@ -238,6 +238,11 @@ FIRST_ERRORS = {
     "OpenAI's": b'data: {"error":{"message":"overloaded","type":"server_error"}}\n\n',
     "with a code": b'data: {"error":{"code":503,"message":"loading"}}\n\n',
     "Anthropic's": b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"o"}}\n\n',
+    "vLLM's": b'data: {"object":"error","message":"o","type":"InternalServerError","code":500}\n\n',
+    "with choices": b'data: {"id":"g","choices":[{"delta":{},"finish_reason":"error"}],'
+                    b'"error":{"code":502,"message":"Provider disconnected"}}\n\n',
+    "of responses": b'event: response.failed\ndata: {"type":"response.failed","response":'
+                    b'{"status":"failed","error":{"code":"server_error","message":"o"}}}\n\n',
     "behind a comment": b': ping\n\ndata: {"error":{"message":"overloaded"}}\n\n',
 }
 
