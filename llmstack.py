@@ -1132,6 +1132,7 @@ class Decision(NamedTuple):
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    barred: Mapping[str, str] = {}              # of these, those that cannot answer
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
     held: bool = True                           # by a tier at least
@@ -1221,7 +1222,7 @@ class Decision(NamedTuple):
             wide=max(facts.wide - fewer, 0),
             classes=max(facts.classes - fewer, 0),
             turns=facts.turns + more)
-        return decide(changed, self.config, self.down).tier
+        return decide(changed, self.config, self.down, self.barred).tier
 
     @property
     def nearest(self) -> str:
@@ -1284,6 +1285,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         facts=facts,
         config=config,
         down=down,
+        barred=barred,
         preference=order,
         held=bool(holds),
     )
