@@ -10145,11 +10145,6 @@ class Counters:
                 self._seconds[name] = 0.0
                 self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
 
-    def count_left(self, tier: str) -> None:
-        """Count a request whose client has left before its end."""
-        with self._lock:
-            self._add("llmstack_requests_total", (tier, "", "left"), 1)
-
     def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
         key = (name, labels)
         self._sums[key] = self._sums.get(key, 0) + by
@@ -11514,10 +11509,6 @@ class RouterApp(App):
         self._ongoing[number] = client, asked
         try:
             self._answer_asked(client, asked)
-        except ClientGone:
-            if asked.tier:
-                self.events.counters.count_left(asked.tier)
-            raise
         finally:
             del self._ongoing[number]
 
@@ -11580,22 +11571,31 @@ class RouterApp(App):
 
     def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
-        if route.refused[0]:
-            raise HttpError(*route.refused)
         facts: Optional[Facts] = None
-        if asked.path in STREAM_ENDS:
+        if asked.path in _CANONICAL_PATHS:
             try:
                 facts = read_facts(asked.path, asked.values)
             except RecursionError:              # the upstream may take it all the same
                 pass
-        looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
+
+        def note(outcome: Outcome) -> None:
+            if facts:
+                self._note(asked, record_row(facts, asked.path, name, outcome), ())
+
+        if route.refused[0]:
+            note(Outcome("refused", route.refused[0]))
+            raise HttpError(*route.refused)
+        looks = asked.look_at_prompt if facts else None
+        try:
+            outcome = self._ask(client, asked, route, headers=looks)
+        except ClientGone:
+            note(Outcome("left"))
+            raise
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
+        note(outcome)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if facts:
-            self._note(asked, record_row(facts, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
@@ -11624,7 +11624,7 @@ class RouterApp(App):
             cost_s = round(asked.leaving.cost_s, 1)
             row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
         answered = row["ended"] == "done" and row["status"] < 400
-        if answered and row["truth"]:
+        if answered and row["truth"] and row["output"]:     # one that only counts holds nothing
             held = row["truth"] + row["output"]
             self._conversations.answered(asked.thread, tier, held, now)
 
@@ -11696,14 +11696,18 @@ class RouterApp(App):
         if descent.fallbacks:
             ended += f"; fell back {', '.join(descent.fallbacks)}"
         self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
-        self._finish(client, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
+        self._note_descent(descent, outcome)
+        self._finish(client, outcome, what, descent.route, descent.headers)
+
+    def _note_descent(self, descent: Descent, outcome: Outcome) -> None:
+        asked, decision = descent.asked, descent.decision
         row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
         row["rung"] = decision.rung
-        row["reason"] = reason
+        row["reason"] = descent.reason
         row["passed_over"] = decision.passed_over
         self._note(asked, row, descent.fallbacks)
 
@@ -11734,6 +11738,7 @@ class RouterApp(App):
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
+            self._note_descent(descent, Outcome("left"))
             raise
 
     def _ask(self, client: Client, asked: Asked, route: Route,
