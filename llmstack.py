@@ -10751,7 +10751,7 @@ class Snapshot(NamedTuple):
     names: Tuple[str, ...]                      # patterns for this machine's own
 
 
-_MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
+_MODELS_PATH = re.compile(r"/+(?:v1/+)*models/*(?:(?<=/)(.+))?\Z")   # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
@@ -14629,7 +14629,8 @@ class EngineApp(Behind):
 
     def _listing(self) -> List[Dict[str, Any]]:
         entries = []
-        for tier in self.engine.config.tiers:
+        config = with_served_contexts(self.engine.config, self.contexts())
+        for tier in config.tiers:
             model = self.engine.find(tier.name)
             if model is None:
                 continue

@@ -20,6 +20,7 @@ from tests.test_router import (  # noqa: F401  # fixtures
     Start,
     chat,
     post,
+    request,
     start,
 )
 
@@ -106,3 +107,9 @@ def test_why_knows_what_the_running_router_leaves_alone(monkeypatch: pytest.Monk
     decision = why.why_decision(body, None, CONFIG, "/v1/chat/completions", llmstack)
     assert decision.tier == "code-fast"
     assert "left alone for now: answered 500" in decision.refused["code-ultra"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "//v1/models", "/v1//models/", "/v1/v1/models", "/models"])
+def test_the_list_of_models_is_taken_however_a_client_joins_it(start: Start, path: str) -> None:  # noqa: F811
+    got = start(always(answer(b'{"data":[]}'))).ask(request("GET", path))
+    assert got.json["data"][0]["id"] == "auto"

@@ -108,6 +108,8 @@ def test_what_a_loaded_server_holds_is_what_counts(routed: Routed) -> None:
     assert routed.call().chat("code-smart").answer()[0] == 200
     wait_for(lambda: routed.app.config.by_name("code-smart").ctx_size == 2048,  # type: ignore[union-attr]
              "the router has taken note")
+    listed = routed.call().send("GET", "/v1/models").answer()[1]["data"]
+    assert {entry["id"]: entry["context_length"] for entry in listed}["code-smart"] == 2_048
     call = routed.call().chat("auto", "word " * 2_000)
     assert call.status() == 200
     assert call.headers["x-llmstack-model"] == "code-fast"
