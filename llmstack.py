@@ -3302,6 +3302,7 @@ MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 2
 MAX_GGUF_ENTRIES = 65_536
 MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
+CELLS_STEP = 256                                # llama.cpp rounds a cache up to such steps
 SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
 SERVER_BATCH = 2048                             # likewise; no ubatch is larger
@@ -3317,30 +3318,97 @@ MOST_CHECKPOINTS = 32                           # a slot, likewise
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
-    23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
-    39: (32, 17), 40: (64, 36),
+    0: (1, 4),                                  # F32
+    1: (1, 2),                                  # F16
+    2: (32, 18),                                # Q4_0
+    3: (32, 20),                                # Q4_1
+    6: (32, 22),                                # Q5_0
+    7: (32, 24),                                # Q5_1
+    8: (32, 34),                                # Q8_0
+    10: (256, 84),                              # Q2_K
+    11: (256, 110),                             # Q3_K
+    12: (256, 144),                             # Q4_K
+    13: (256, 176),                             # Q5_K
+    14: (256, 210),                             # Q6_K
+    16: (256, 66),                              # IQ2_XXS
+    17: (256, 74),                              # IQ2_XS
+    18: (256, 98),                              # IQ3_XXS
+    19: (256, 50),                              # IQ1_S
+    20: (32, 18),                               # IQ4_NL
+    21: (256, 110),                             # IQ3_S
+    22: (256, 82),                              # IQ2_S
+    23: (256, 136),                             # IQ4_XS
+    26: (1, 4),                                 # I32
+    29: (256, 56),                              # IQ1_M
+    30: (1, 2),                                 # BF16
+    34: (256, 54),                              # TQ1_0
+    35: (256, 66),                              # TQ2_0
+    39: (32, 17),                               # MXFP4
+    40: (64, 36),                               # NVFP4
 }
 _Q6_K = 14
 _FLOATS = ("f32", "f16", "bf16")
-_CACHE_SIZES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
+# A cache's type, as its flag names it -> its number above.
+_CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
     "q5_1": 7,
 }
+# What a header's numbers are, as struct names them. Its other values are strings and lists.
 _GGUF_SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+    0: "B",                                     # uint8
+    1: "b",                                     # int8
+    2: "H",                                     # uint16
+    3: "h",                                     # int16
+    4: "I",                                     # uint32
+    5: "i",                                     # int32
+    6: "f",                                     # float32
+    7: "?",                                     # bool
+    10: "Q",                                    # uint64
+    11: "q",                                    # int64
+    12: "d",                                    # float64
 }
+_GGUF_STRING = 8
+_GGUF_LIST = 9
 
 # Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely
 # say it themselves.
 _SWA_EVERY = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4,
-    "cohere2moe": -4, "olmo2": 4, "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4,
-    "plamo3": 8, "mellum": 4, "laguna": -4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "cohere2": 4,
+    "cohere2moe": -4,
+    "olmo2": 4,
+    "exaone4": 4,
+    "exaone-moe": 4,
+    "smallthinker": -4,
+    "afmoe": 4,
+    "plamo3": 8,
+    "mellum": 4,
+    "laguna": -4,
 }
 _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _stored_bytes(values: int, kind: int) -> int:
+    """What so many values take in a GGML type; -1 for a type that is not known here."""
+    if kind not in _GGML_SIZES:
+        return -1
+    block, block_bytes = _GGML_SIZES[kind]
+    return values // block * block_bytes
 
 
 class GgufError(ValueError):
@@ -3353,7 +3421,9 @@ class BrokenGgufError(GgufError):
 
 def _quantity(value: object, default: int = 0) -> int:
     """A number of a header as a count; `default` for what is none, negative or endless."""
-    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+    if not isinstance(value, (int, float)):
+        return default
+    if 0 <= value < MAX_GGUF_QUANTITY:
         return int(value)
     return default
 
@@ -3364,11 +3434,10 @@ class GgufHeader(NamedTuple):
     arch: str
     keys: Mapping[str, Any]                     # the architecture's, without its name
     vocab: int
-    tensor_bytes: int
-    embd_bytes: int                             # of these, the token embedding
-    tied: bool                                  # it serves as the output matrix, too
-    widest: int                                 # values a token takes in the widest layer
-    parts: int = 1                              # files it is split into
+    tensor_bytes: int = 0
+    embd_bytes: int = 0                         # of these, the token embedding
+    tied: bool = True                           # it serves as the output matrix, too
+    widest: int = 0                             # values a token takes in the widest layer
     end: int = 0                                # where its tensors end: a smaller file is not whole
     tensors: Mapping[str, int] = {}             # name -> bytes
 
@@ -3388,8 +3457,10 @@ class Memory(NamedTuple):
     @property
     def parts(self) -> Dict[str, int]:
         """What it is made of; together, what it takes of cards and host."""
-        places = ("host", "each")
-        return {name: size for name, size in self._asdict().items() if name not in places}
+        sizes = self._asdict()
+        # These two say where the same bytes are.
+        del sizes["host"], sizes["each"]
+        return sizes
 
     @property
     def total(self) -> int:
@@ -3408,10 +3479,12 @@ class Machine(NamedTuple):
 
     @property
     def budgets_gb(self) -> Needs:
-        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        """The budget of each memory there is, the host's last."""
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
-            share = self.budget_gb / max(sum(self.cards), 0.1)
+            # The budget is less than the cards have, and each card gives up the same share.
+            cards_gb = sum(self.cards)
+            share = self.budget_gb / max(cards_gb, 0.1)
             each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
             each += (self.host_gb,)
@@ -3434,7 +3507,9 @@ def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
     found = []
     for key, value in settings.items():
         if key == "override_tensor":
-            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+            for rule in value.split(","):
+                pattern, buffer = rule.split("=", 1)
+                found.append(Override(pattern, buffer))
         elif key == "n_cpu_moe" and value:
             layers = "|".join(map(str, range(value)))
             found.append(Override(_EXPERTS % layers, "CPU"))
@@ -3457,32 +3532,40 @@ class LoadOptions(NamedTuple):
     split: Tuple[float, ...] = (1.0,)           # ...and in which proportions
 
 
+_ON_HOST = -1                                   # a place; others are cards
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
 
 
-def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
-    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT].
+def _place_named(device: str) -> int:
+    """The card that llama.cpp names CUDA0, ROCm0 or Vulkan0; _ON_HOST for a name of no card."""
+    found = _NUMBERED.match(device)
+    if not found:
+        return _ON_HOST
+    return int(found.group(1))
 
-    llama.cpp numbers them as CUDA0, ROCm1, Vulkan2; a name without a number may be any.
-    """
-    every = tuple(range(len(machine.cards)))
+
+def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
+    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT]."""
+    every = range(len(machine.cards))
     settings = config.settings
     names = settings.get("device", "").split(",")
-    numbers = [_NUMBERED.match(name) for name in names]
-    chosen = tuple(int(number.group(1)) for number in numbers if number)
-    if len(chosen) < len(names) or not set(chosen) <= set(every):
-        chosen = every
+    chosen = [_place_named(name) for name in names]
+    # A name without a number may be any card; and so may one that this machine lacks.
+    if not set(chosen).issubset(every):
+        chosen = list(every)
     if settings.get("split_mode") == "none":
         first = settings.get("main_gpu", 0)
         chosen = chosen[first:first + 1] or chosen
-    return chosen
+    return tuple(chosen)
 
 
 def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
                 machine: Machine) -> Tuple[float, ...]:
     """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
-    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
-    told = (told + [0.0] * len(cards))[:len(cards)]
+    parts = settings.get("tensor_split", "0").split(",")
+    told = [float(part) for part in parts]
+    told += [0.0] * len(cards)                  # cards that it does not name get nothing
+    told = told[:len(cards)]
     if any(told):
         return tuple(told)
     # Full cards count a little, too: proportions of nothing have no sum.
@@ -3490,31 +3573,35 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
 
 
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
+    """How a tier's server is going to load its model here."""
     own = tier_config(config, tier)
     settings = own.settings
-    cards: Tuple[int, ...] = (0,)
-    split: Tuple[float, ...] = (1.0,)
-    if machine.cards:
-        cards = cards_of(own, machine)
-        split = _split_over(cards, settings, machine)
-    layers, count = settings["n_gpu_layers"], 999           # auto, all, -1
+    layers = settings["n_gpu_layers"]
+    count = 999                                 # auto, all, -1
     if layers.isdigit():
         count = int(layers)
     if not machine.gpu or settings.get("device") == "none":
         count = 0
+    # What embeds or ranks reads a text in one batch, whatever [DEFAULT] says.
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
-    return LoadOptions(
+    batch = settings.get("batch", SERVER_BATCH)
+    load = LoadOptions(
         cache_type_k=settings["cache_type_k"],
         cache_type_v=settings["cache_type_v"],
         flash_attn=settings["flash_attn"] != "off",
         gpu_layers=count,
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
-        ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
+        ubatch=min(ubatch, batch),
         overrides=tensor_overrides(settings),
-        seen=max(len(machine.cards), 1),
+    )
+    if not machine.cards:
+        return load
+    cards = cards_of(own, machine)
+    return load._replace(
+        seen=len(machine.cards),
         cards=cards,
-        split=split,
+        split=_split_over(cards, settings, machine),
     )
 
 
@@ -3526,26 +3613,28 @@ class _Tensor(NamedTuple):
     name: str
     shape: Sequence[int]
 
-    @property
-    def end(self) -> int:
-        return self.offset + max(self.size, 0)
-
 
 class _GgufReader:
     """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
-        self._block, self._start = b"", 0       # what has been read last, and from where
+        self._block = b""                       # what has been read last...
+        self._start = 0                         # ...and from where
         self.at = 0
+
+    def _check(self, count: int, most: int) -> None:
+        if count > most:
+            raise GgufError("has a header beyond any reason")
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
         end = self.at + count
         if end > self._start + len(self._block):
-            if end > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
-            self._block = self._read(self.at, max(count, 1 << 18))
+            self._check(end, MAX_GGUF_HEADER_BYTES)
+            # Values are small and many: one read brings thousands of them.
+            wanted = max(count, 1 << 18)
+            self._block = self._read(self.at, wanted)
             self._start = self.at
             if len(self._block) < count:
                 raise BrokenGgufError("ends within its header")
@@ -3557,50 +3646,55 @@ class _GgufReader:
         return self._block[offset:offset + count]
 
     def numbers(self, code: str) -> Tuple[Any, ...]:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        layout = struct.Struct("<" + code)
+        return layout.unpack(self.take(layout.size))
 
     def count(self) -> int:
         """A number of entries that are all to be read."""
         count: int = self.numbers("Q")[0]
-        if count > MAX_GGUF_ENTRIES:
-            raise GgufError("has a header beyond any reason")
+        self._check(count, MAX_GGUF_ENTRIES)
         return count
 
     def string(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
+        length, = self.numbers("Q")
+        return self.take(length).decode("utf-8", "replace")
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
-        length = struct.Struct("<Q").unpack_from
+        unpack = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
-            while count and offset + 8 <= len(self._block):
-                offset += 8 + length(self._block, offset)[0]
+            last = len(self._block) - 8         # where a length may begin
+            while count and offset <= last:
+                length, = unpack(self._block, offset)
+                offset += 8 + length
                 count -= 1
             self.at = self._start + offset
 
-    def value(self, depth: int = 0) -> Any:
+    def value(self) -> Any:
         """A metadata value; of a list only its length as a range, but for 1,024 numbers at most."""
         kind, = self.numbers("I")
         if kind in _GGUF_SCALARS:
             return self.numbers(_GGUF_SCALARS[kind])[0]
-        if kind == 8:
+        if kind == _GGUF_STRING:
             return self.string()
-        if kind != 9 or depth > 1:
-            raise GgufError(f"has metadata of the unknown type {kind}")
+        if kind == _GGUF_LIST:
+            return self._list()
+        raise GgufError(f"has metadata of the unknown type {kind}")
+
+    def _list(self) -> Sequence[int]:
         kind, count = self.numbers("IQ")
-        code = _GGUF_SCALARS.get(kind, "")
-        # What is one number a layer is short; longer lists are of the vocabulary.
-        if code and count <= 1024:
-            return list(self.numbers(f"{count}{code}"))
-        if code:
-            self.at += count * struct.calcsize(code)
-            if self.at > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
-        elif kind == 8:
+        if kind == _GGUF_STRING:
             self._skip_strings(count)
-        else:
+            return range(count)
+        if kind not in _GGUF_SCALARS:
             raise GgufError(f"has a list of the unknown type {kind}")
+        code = _GGUF_SCALARS[kind]
+        # What is one number a layer is short; longer lists are of the vocabulary.
+        if count <= 1024:
+            return list(self.numbers(f"{count}{code}"))
+        self.at += count * struct.calcsize(code)
+        self._check(self.at, MAX_GGUF_HEADER_BYTES)
         return range(count)
 
     def tensor(self) -> _Tensor:
@@ -3608,33 +3702,26 @@ class _GgufReader:
         dimensions, = self.numbers("I")
         if dimensions > 4:
             raise GgufError(f"has a tensor of {dimensions} dimensions")
-        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
+        shape = self.numbers(f"{dimensions}Q")
+        kind, offset = self.numbers("IQ")
         values = 1
         for length in shape:
             values *= length
-        size = -1
-        if kind in _GGML_SIZES:
-            block, block_bytes = _GGML_SIZES[kind]
-            size = values // block * block_bytes
-        return _Tensor(offset, size, name, shape)
-
-
-def _small(value: object, default: int) -> int:
-    if isinstance(value, int) and 0 < value <= 256:
-        return value
-    return default
+        return _Tensor(offset, _stored_bytes(values, kind), name, shape)
 
 
 def _widest_layer(tensors: Iterable[_Tensor]) -> int:
     """The values that a token takes in the widest matrix of a layer."""
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for tensor in tensors:
-        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+        name = tensor.name
+        if not name.startswith("blk.") or len(tensor.shape) != 2:
             continue
-        what = (tensor.name + "..").split(".")[2]
+        what = (name + "..").split(".")[2]      # a hostile file may name one "blk."
         if what not in widths:
             what = ""
-        widths[what] = max(widths[what], tensor.shape[1])
+        width = tensor.shape[1]
+        widths[what] = max(widths[what], width)
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     return max(widths.values())
@@ -3642,22 +3729,46 @@ def _widest_layer(tensors: Iterable[_Tensor]) -> int:
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
+    # A header may list them in any order; their data lies in the order of their offsets.
     tensors = sorted(reader.tensor() for _ in range(count))
-    starts = [tensor.offset for tensor in tensors]
     bytes_of: Dict[str, int] = {}
-    for tensor, following in zip(tensors, [*starts[1:], 0]):
+    end = following = 0                         # both count from behind the header
+    for tensor in reversed(tensors):
         size = tensor.size
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - tensor.offset)
         bytes_of[tensor.name] = size
-    data = -(-reader.at // alignment) * alignment
+        end = max(end, tensor.offset + size)
+        following = tensor.offset
+    data = _round_up(reader.at, alignment)
     return header._replace(
         tensor_bytes=sum(bytes_of.values()),
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
         widest=_widest_layer(tensors),
-        end=data + max((tensor.end for tensor in tensors), default=0),
-        tensors=bytes_of)
+        end=data + end,
+        tensors=bytes_of,
+    )
+
+
+def _architecture(meta: Mapping[str, Any]) -> str:
+    name = meta.get("general.architecture")
+    if isinstance(name, str):
+        return name
+    # Of a split file only the first part says it.
+    if not meta.get("split.no"):
+        raise GgufError("names no architecture")
+    return "-"
+
+
+def _own_keys(meta: Mapping[str, Any], arch: str) -> Dict[str, Any]:
+    """The numbers and lists of an architecture, by their names within it."""
+    keys = {}
+    for name, value in meta.items():
+        owner, _, key = name.partition(".")
+        if owner == arch and isinstance(value, (int, float, list)):
+            keys[key] = value
+    return keys
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
@@ -3676,7 +3787,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
-    tensors, pairs = reader.count(), reader.count()
+    tensors = reader.count()
+    pairs = reader.count()
     meta: Dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.string()
@@ -3684,64 +3796,61 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
-    parts = _small(meta.get("split.count"), 1)
-    if not tensors and parts == 1:              # the first of a split may have none
+    parts = _quantity(meta.get("split.count"))
+    if not tensors and parts < 2:               # the first of a split may have none
         raise BrokenGgufError("holds no weights")
-    arch = meta.get("general.architecture")
-    if not isinstance(arch, str):               # of a split only the first part says it
-        if not meta.get("split.no"):
-            raise GgufError("names no architecture")
-        arch = "-"
-    prefix = arch + "."
-    keys = {}
-    for key, value in meta.items():
-        if key.startswith(prefix) and isinstance(value, (int, float, list)):
-            keys[key[len(prefix):]] = value
+    arch = _architecture(meta)
+    keys = _own_keys(meta, arch)
+    words = 0
     tokens = meta.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, (list, range)) else 0
-    vocab = _quantity(keys.get("vocab_size", count))
-    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    alignment = _small(meta.get("general.alignment"), 32)
+    if isinstance(tokens, (list, range)):
+        words = len(tokens)
+    vocab = _quantity(keys.get("vocab_size", words))
+    header = GgufHeader(arch, keys, vocab)
+    alignment = _quantity(meta.get("general.alignment")) or 32
     return _with_tensors(header, reader, tensors, alignment)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
-    parts = [first, *others]
-    return first._replace(
-        tensors={name: size for part in parts for name, size in part.tensors.items()},
-        tensor_bytes=sum(p.tensor_bytes for p in parts),
-        embd_bytes=sum(p.embd_bytes for p in parts),
-        tied=all(p.tied for p in parts),
-        widest=max(p.widest for p in parts))
-
-
-def _pad(count: int) -> int:
-    """llama.cpp rounds up to 256 cells."""
-    return -(-count // 256) * 256
+    whole = first
+    for part in others:
+        whole = whole._replace(
+            tensors={**whole.tensors, **part.tensors},
+            tensor_bytes=whole.tensor_bytes + part.tensor_bytes,
+            embd_bytes=whole.embd_bytes + part.embd_bytes,
+            tied=whole.tied and part.tied,
+            widest=max(whole.widest, part.widest),
+        )
+    return whole
 
 
 class _Layers:
     """A header's hyperparameters, read as llama.cpp reads them."""
 
     def __init__(self, header: GgufHeader) -> None:
-        self.keys, self.arch = header.keys, header.arch
+        self.keys = header.keys
+        self.arch = header.arch
+        # The last layers may be those that predict further tokens: they are no part of the model.
         drafting = self.number("nextn_predict_layers")
         self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
-        self.heads = self.each("attention.head_count", [0])
-        self.kv_heads = self.each("attention.head_count_kv", self.heads)
+        heads = self.each("attention.head_count")
+        self.heads = max(heads)
+        self.kv_heads = self.each("attention.head_count_kv", heads)
         self.embd = self.number("embedding_length")
         head_size = 0
-        if self.heads[0]:
-            head_size = self.embd // self.heads[0]
+        if heads[0]:
+            head_size = self.embd // heads[0]
         self.key = self.number("attention.key_length", head_size)
         self.value = self.number("attention.value_length", head_size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
         latent_k = self.number("attention.key_length_mla")
         latent_v = self.number("attention.value_length_mla")
         self.latent = bool(latent_k and latent_v)
+        usual = _SWA_WINDOW.get(self.arch, 0)
+        self.window = self.number("attention.sliding_window", usual)
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -3749,34 +3858,43 @@ class _Layers:
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [self.number(key)]
-        if isinstance(value, (list, tuple)):
-            values = [_quantity(v) for v in value] or [0]
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        values = list(map(_quantity, value)) or [0]
         values += values[-1:] * self.count      # the last one stands for those behind it
         return values[:self.count]
 
-    def slides(self) -> Tuple[List[bool], int]:
-        """Which layers keep only a window, and its tokens."""
+    def flags(self, key: str) -> List[bool]:
+        """A key that says yes or no of each layer; [] where the file says nothing."""
+        if not isinstance(self.keys.get(key), list):
+            return []
+        return [bool(value) for value in self.each(key)]
+
+    def slides(self) -> List[bool]:
+        """Which layers keep only a window."""
+        none = [False] * self.count
+        if not self.window:
+            return none
         key = "attention.sliding_window_pattern"
-        window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        said = self.flags(key)
+        if said:
+            return said
         every = _SWA_EVERY.get(self.arch, 0)
         if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
-        if window and isinstance(self.keys.get(key), list):
-            return [bool(slides) for slides in self.each(key)], window
-        if not window or not every:
-            return [False] * self.count, 0
+        if not every:
+            return none
         period = self.number(key, abs(every)) or 1
         full = period - 1
         if every < 0:
             full = 0
-        return [layer % period != full for layer in range(self.count)], window
+        return [layer % period != full for layer in range(self.count)]
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        key = "attention.recurrent_layers"
-        if isinstance(self.keys.get(key), list):
-            return [bool(recurs) for recurs in self.each(key)]
+        said = self.flags("attention.recurrent_layers")
+        if said:
+            return said
         usual = 0
         if self.arch.startswith(("qwen3next", "qwen35")):
             usual = 4
@@ -3792,8 +3910,11 @@ class _Layers:
             forward = self.each("feed_forward_length")
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
-    def state_floats(self) -> int:
-        """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
+    def _state_floats(self) -> int:
+        """What a layer keeps of a sequence: its convolution's last inputs, and its state.
+
+        Each family has keys of its own for it: RWKV, LFM2, Kimi Linear, and Mamba with its kin.
+        """
         wkv = self.number("wkv.head_size")
         if wkv:
             shifted = self.number("token_shift_count", 2)
@@ -3805,11 +3926,18 @@ class _Layers:
         size = self.number("kda.head_dim")
         if size:
             inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
-            return (inputs + size) * size * max(self.heads)
-        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+            return (inputs + size) * size * self.heads
+        inner = self.number("ssm.inner_size")
+        state = self.number("ssm.state_size")
         group = self.number("ssm.group_count")
         inputs = max(conv, 1) - 1
-        return inputs * (inner + 2 * group * state) + state * inner
+        width = inner + 2 * group * state
+        return inputs * width + state * inner
+
+    def state_bytes(self) -> List[int]:
+        """What each layer keeps of a sequence besides a cache."""
+        size = self._state_floats() * 4
+        return [size * recurs for recurs in self.recurs()]
 
 
 class _CacheLayer(NamedTuple):
@@ -3818,59 +3946,62 @@ class _CacheLayer(NamedTuple):
     layer: int
     cells: int
     k: int                                      # values
-    v: int
+    v: int                                      # likewise
     slides: bool
 
 
-def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
-    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
-    cells = _pad(ctx_size)
-    _, window = layers.slides()
-    sliding = window * load.slots + min(load.ubatch, cells)
-    return cells, _pad(min(cells, sliding))
-
-
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
-    (slides, _), recurs = layers.slides(), layers.recurs()
-    cells, sliding = _cells(layers, ctx_size, load)
-    kept = layers.count
-    kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
+    """The layers that have a cache. Source: llama-kv-cache-iswa.cpp."""
+    slides = layers.slides()
+    recurs = layers.recurs()
+    cells = _round_up(ctx_size, CELLS_STEP)
+    # A window of each slot, and what one computation adds before the old cells are free.
+    windows = layers.window * load.slots
+    sliding = windows + min(load.ubatch, cells)
+    sliding = _round_up(min(cells, sliding), CELLS_STEP)
+    shared = layers.number("attention.shared_kv_layers")        # the last use the others' cache
+    kept = layers.count - shared
     # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
+    # A layer has a cache or a state; those of Falcon-H1 have both.
+    has_both = layers.arch == "falcon-h1"
     found = []
     for layer in range(kept):
         heads = layers.kv_heads[layer]
-        # A layer has a cache or a state; those of Falcon-H1 have both.
-        if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
+        if not heads:
+            continue
+        if recurs[layer] and not has_both:
             continue
         held, suffix = cells, ""
         if slides[layer]:
             held, suffix = sliding, "_swa"
-        k = layers.number("attention.key_length" + suffix, layers.key)
-        v = layers.number("attention.value_length" + suffix, layers.value)
-        found.append(_CacheLayer(layer, held, k * heads, v * heads, slides[layer]))
+        key = layers.number("attention.key_length" + suffix, layers.key)
+        value = layers.number("attention.value_length" + suffix, layers.value)
+        found.append(_CacheLayer(
+            layer=layer,
+            cells=held,
+            k=key * heads,
+            v=value * heads,
+            slides=slides[layer],
+        ))
     return found
-
-
-def _row_bytes(values: int, cache_type: str) -> int:
-    block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
-    return values // block * size
 
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
+    kind = _CACHE_TYPES[load.cache_type_k]
     indexer = layers.number("attention.indexer.key_length")
-    found = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
+    keys = _stored_bytes(layer.k, kind) + _stored_bytes(indexer, kind)
     if layers.latent:
-        return found
+        return keys
     v = layer.v
     if not load.flash_attn:
         v = widest_v
-    return found + _row_bytes(v, load.cache_type_v)
+    kind = _CACHE_TYPES[load.cache_type_v]
+    return keys + _stored_bytes(v, kind)
 
 
-_ON_HOST = -1                                   # a place; others are cards
 _LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
 
 
@@ -3879,14 +4010,17 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
 
     Source: llama-model.cpp, get_layer_buft_list.
     """
+    # The last layers go to cards, and of the cards each gets a stretch of them.
     on_cards = min(load.gpu_layers, count + 1)
+    on_host = count + 1 - on_cards
+    places = [_ON_HOST] * on_host
     whole = sum(load.split)
-    bounds = [part / whole for part in itertools.accumulate(load.split)]
-    last = len(load.cards) - 1
-    places = [_ON_HOST] * (count + 1 - on_cards)
+    ends = [part / whole for part in itertools.accumulate(load.split)]
+    last = load.cards[-1]
+    cards = [*load.cards, last]                 # rounding may lead beyond the last one's end
     for number in range(on_cards):
-        index = bisect.bisect_right(bounds, number / on_cards)
-        places.append(load.cards[min(index, last)])
+        index = bisect.bisect_right(ends, number / on_cards)
+        places.append(cards[index])
     return places
 
 
@@ -3896,15 +4030,14 @@ class _Placing:
     def __init__(self, count: int, load: LoadOptions) -> None:
         self.layers = _layer_places(count, load)
         self._rules: List[Tuple[Pattern[str], int]] = []
+        last = load.seen - 1
         for rule in load.overrides:
-            number = _NUMBERED.match(rule.buffer)
-            place = _ON_HOST
-            if number:
-                place = min(int(number.group(1)), load.seen - 1)
+            place = min(_place_named(rule.buffer), last)
             try:
-                self._rules.append((re.compile(rule.pattern), place))
+                pattern = re.compile(rule.pattern)
             except re.error:                    # which llama-server says itself
-                pass
+                continue
+            self._rules.append((pattern, place))
 
     def of(self, name: str, otherwise: int) -> int:
         """The place of a tensor, `otherwise` where no override names it."""
@@ -3915,11 +4048,13 @@ class _Placing:
 
     def of_layer(self, name: str) -> int:
         """The place of a tensor of a layer, or of one beside the output."""
+        output = len(self.layers) - 1
+        number = output
         found = _LAYER.match(name)
-        number = output = len(self.layers) - 1
         if found:
-            number = int(found.group(1))
-        return self.of(name, self.layers[min(number, output)])
+            # Layers that predict further tokens are behind all others, with the output.
+            number = min(int(found.group(1)), output)
+        return self.of(name, self.layers[number])
 
 
 def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
@@ -3927,7 +4062,8 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 
     The token embedding is on the host. Where it is the output, too, a card has a second copy.
     """
-    embedding, output = "token_embd.weight", placing.layers[-1]
+    embedding = "token_embd.weight"
+    output = placing.layers[-1]
     weights = header.tensor_bytes
     first = placing.of(embedding, _ON_HOST)
     held[first] += header.embd_bytes
@@ -3951,12 +4087,14 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 _PLAIN_LOAD = LoadOptions()
 
 
-def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
-                 load: LoadOptions) -> Dict[int, int]:
-    """Layer -> bytes of its KV cache."""
+def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers, load: LoadOptions) -> List[int]:
+    """What the KV cache of each layer takes, 0 for one that has none."""
     widest_v = max((cache.v for cache in caches), default=0)
-    return {cache.layer: cache.cells * _cell_bytes(cache, layers, load, widest_v)
-            for cache in caches}
+    sizes = [0] * layers.count
+    for cache in caches:
+        cell = _cell_bytes(cache, layers, load, widest_v)
+        sizes[cache.layer] = cache.cells * cell
+    return sizes
 
 
 def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
@@ -3967,9 +4105,9 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
     layers = _Layers(header)
     of_one_slot = load._replace(slots=1)
     caches = _cache_layers(layers, ctx_size, of_one_slot)
-    windows = _cache_bytes([cache for cache in caches if cache.slides], layers, load)
-    states = sum(layers.recurs()) * layers.state_floats() * 4
-    return sum(windows.values()) + states
+    sliding = [cache for cache in caches if cache.slides]
+    windows = _cache_bytes(sliding, layers, load)
+    return sum(windows) + sum(layers.state_bytes())
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -3977,18 +4115,25 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
 
     `scores`: those that each head keeps, without flash attention.
     """
+    embd = layers.embd
+    heads = layers.heads
+    key = layers.key
     experts = max(layers.each("expert_used_count"))
     own_width = layers.each("feed_forward_length")
     width = max(layers.each("expert_feed_forward_length", own_width))
-    embd, heads, key = layers.embd, max(layers.heads), layers.key
-    feed_forward = 3 * max(header.widest, experts * width) + 5 * embd
-    mixing = experts * (2 * embd + width) + embd            # of what the experts say
+    widest = max(header.widest, experts * width)
+    feed_forward = 3 * widest + 5 * embd
+    # What the experts say is mixed.
+    of_each = 2 * embd + width
+    mixing = experts * of_each + embd
     attention = 0
     if scores:
-        kv_heads = max(layers.kv_heads)
-        attention = heads * scores + 4 * embd + 2 * key * (heads + kv_heads)
+        all_heads = heads + max(layers.kv_heads)
+        attention = heads * scores + 4 * embd
+        attention += 2 * key * all_heads
     elif layers.latent:
-        attention = heads * (2 * key + layers.number("attention.kv_lora_rank"))
+        rank = layers.number("attention.kv_lora_rank")
+        attention = heads * (2 * key + rank)
     return max(feed_forward, mixing, attention)
 
 
@@ -3998,14 +4143,17 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
 
     Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
     """
-    k_too = load.cache_type_k not in _FLOATS
-    v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    values = [cache.cells * (cache.k * k_too + cache.v * v_too) for cache in caches]
-    most = 2 * max(values, default=0)
+    has_k = load.cache_type_k not in _FLOATS
+    has_v = load.cache_type_v not in _FLOATS and not layers.latent
+    most = 0
+    for cache in caches:
+        values = cache.k * has_k + cache.v * has_v
+        most = max(most, cache.cells * values)
     if not most:
         return 0
-    queries = max(layers.heads) * layers.key
-    return most + 5 * (queries + layers.embd) * tokens * 4
+    queries = layers.heads * layers.key
+    beside = 5 * (queries + layers.embd) * tokens
+    return most * 2 + beside * 4
 
 
 class _Buffers(NamedTuple):
@@ -4019,17 +4167,22 @@ class _Buffers(NamedTuple):
 def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
              load: LoadOptions, tokens: int) -> _Buffers:
     """`tokens`: those that are computed together."""
-    # The full cache and the sliding one have a mask each.
-    masked = {(cache.slides, cache.cells) for cache in caches}
-    mask_width = 2 if load.flash_attn else 4
-    mask = sum(cells for _, cells in masked) * tokens * mask_width
-    scores = 0
-    if not load.flash_attn:
-        scores = max((cache.cells for cache in caches), default=0)
+    # All full caches share a mask, all sliding ones another.
+    cells = {cache.slides: cache.cells for cache in caches}
+    mask_width = 4
+    scores = max(cells.values(), default=0)
+    if load.flash_attn:
+        mask_width = 2
+        scores = 0
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
-        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
-    return _Buffers(mask, peak, header.vocab * load.slots * 4)
+        converted = _converted_bytes(layers, caches, load, tokens)
+        peak = max(peak, converted)
+    return _Buffers(
+        mask=sum(cells.values()) * tokens * mask_width,
+        peak=peak,
+        outputs=header.vocab * load.slots * 4,
+    )
 
 
 def _context_bytes(load: LoadOptions) -> List[int]:
@@ -4054,37 +4207,46 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
     used = len(load.cards)
     compute = (sum(buffers) + buffers.mask) * used
     # With all layers on several cards batches overlap, and each has the mask more than once.
-    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
-        compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
+    is_whole = _ON_HOST not in placing.layers and not load.overrides
+    if used > 1 and is_whole:
+        copies = used * (PIPELINED_BATCHES - 1)
+        compute += copies * buffers.mask
     host_compute = buffers.mask + buffers.outputs
     held[_ON_HOST] += host_compute + memory.cache
+    of_each = (compute - host_compute) // used
     for card in load.cards:
-        held[card] += (compute - host_compute) // used
+        held[card] += of_each
     contexts = _context_bytes(load)
-    each = tuple(size + context for size, context in zip(held, contexts))
-    return memory._replace(weights=weights, compute=compute, context=sum(contexts),
-                           host=held[_ON_HOST], each=each)
+    for card, context in enumerate(contexts):
+        held[card] += context
+    return memory._replace(
+        weights=weights,
+        compute=compute,
+        context=sum(contexts),
+        host=held.pop(_ON_HOST),
+        each=tuple(held),
+    )
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
     caches = _cache_layers(layers, ctx_size, load)
-    kv_of = _cache_bytes(caches, layers, load)
-    state = layers.state_floats() * 4 * load.slots
-    states = [state * recurs for recurs in layers.recurs()]
-    full_cells, _ = _cells(layers, ctx_size, load)
-    buffers = _buffers(header, layers, caches, load, min(load.ubatch, full_cells))
+    kv = _cache_bytes(caches, layers, load)
+    # Slots share the cache, and each has a state of its own.
+    states = [size * load.slots for size in layers.state_bytes()]
+    tokens = min(load.ubatch, _round_up(ctx_size, CELLS_STEP))
+    buffers = _buffers(header, layers, caches, load, tokens)
     checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
     memory = Memory(
         weights=header.tensor_bytes,
-        kv=sum(kv_of.values()),
+        kv=sum(kv),
         recurrent=sum(states),
         compute=sum(buffers),
         cache=LEAST_CACHE_MIB * MIB + checkpoints,
     )
     if load.gpu_layers:
-        layer_bytes = [kv_of.get(layer, 0) + size for layer, size in enumerate(states)]
+        layer_bytes = list(map(sum, zip(kv, states)))
         memory = _on_cards(memory, header, load, buffers, layer_bytes)
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
@@ -4092,16 +4254,17 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    """The largest ctx_size up to `limit` that fits, in steps; 0 where none does."""
     # More context never takes less memory, so what fits is found by halving.
-    low, high = 0, limit // 256
+    low = 0
+    high = limit // CELLS_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(middle * 256):
+        if fits(middle * CELLS_STEP):
             low = middle
         else:
             high = middle - 1
-    return low * 256
+    return low * CELLS_STEP
 
 
 class TierFit(NamedTuple):
@@ -4131,7 +4294,8 @@ class TierFit(NamedTuple):
 
 def trained_context(trained: int, tier: Tier) -> int:
     """Tokens that a tier's model can read: as trained, stretched by YaRN; 0: not known."""
-    return min(int(trained * max(tier.rope_scale, 1)), 1 << 24)
+    stretched = trained * max(tier.rope_scale, 1)
+    return min(int(stretched), 1 << 24)
 
 
 def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
@@ -4158,10 +4322,12 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
-        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
+        # Cards are held against their own budgets: what one lacks another cannot give.
+        memory = memory_at(ctx)
+        return fits_together([needs(memory)], machine.budgets_gb)
 
-    memory = memory_at(tier.ctx_size)
-    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
+    ctx_size = tier.ctx_size
+    memory = memory_at(ctx_size)
     each_gb = needs(memory)
     on_cards_gb, host_gb = each_gb, 0.0
     if machine.host_gb:
@@ -4169,22 +4335,24 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     cards: Tuple[int, ...] = ()
     if load.seen > 1 and load.gpu_layers:
         cards = load.cards
+    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
     return TierFit(
         name=tier.name,
         source=source,
         where=where,
         need_gb=sum(on_cards_gb),
-        fits=fits(tier.ctx_size),
-        ctx_size=tier.ctx_size,
-        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        fits=fits(ctx_size),
+        ctx_size=ctx_size,
+        largest_ctx=largest_context(trained or ctx_size, fits),
         memory=memory,
         host_gb=host_gb,
-        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        checkpoint_mb=checkpoint_bytes(header, ctx_size, load) / 1e6,
         cache_mib=memory.cache // MIB,
         trained_ctx=trained,
         slots=load.slots,
         cards=cards,
-        each_gb=each_gb)
+        each_gb=each_gb,
+    )
 
 
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
@@ -4198,8 +4366,15 @@ def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) ->
     source = "size_gb"
     if not need_gb:
         source = "unknown"
-    fits = fits_together([each_gb], machine.budgets_gb)
-    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=each_gb)
+    return TierFit(
+        name=tier.name,
+        source=source,
+        where="",
+        need_gb=need_gb,
+        fits=fits_together([each_gb], machine.budgets_gb),
+        ctx_size=tier.ctx_size,
+        each_gb=each_gb,
+    )
 
 
 def _known_experts(header: GgufHeader) -> Dict[str, int]:
@@ -4209,13 +4384,15 @@ def _known_experts(header: GgufHeader) -> Dict[str, int]:
     experts = 3 * width * layers.number("expert_count")
     if not experts:
         return {}
-    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
-    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    # Q and the output have every head, K and V their own.
+    attention = 2 * layers.key * layers.heads
+    attention += (layers.key + layers.value) * max(layers.kv_heads)
     in_layers = header.tensor_bytes - header.embd_bytes
     if not header.tied:                         # the output is as large
         in_layers -= header.embd_bytes
     of_all = in_layers * experts // (experts + attention)
     of_each = of_all // layers.count
+    # One name stands for all: what n_cpu_moe moves finds it.
     return {f"blk.{layer}.ffn_up_exps.weight": of_each for layer in range(layers.count)}
 
 
@@ -4226,22 +4403,25 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     where it is the output, too.
     """
     file = file.rpartition("/")[2]
+    # Whoever has quantised a model, its file begins with the model's name.
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
     # Of two names that the file begins with, the longer one says more.
     row = models[max(names, key=len)]
     keys = row["keys"]
-    size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
-    block, block_bytes = _GGML_SIZES[_Q6_K]
-    embd_bytes = row["vocab"] * keys["embedding_length"] * block_bytes // block
+    for quant, gb in row["gb"].items():
+        if quant in file:
+            size_gb = gb
+            break
+    embedding = row["vocab"] * keys["embedding_length"]
     query = keys["attention.head_count"] * keys["attention.key_length"]
     header = GgufHeader(
         arch=row["arch"],
         keys=keys,
         vocab=row["vocab"],
         tensor_bytes=round(size_gb * 1e9),
-        embd_bytes=embd_bytes,
+        embd_bytes=_stored_bytes(embedding, _Q6_K),
         tied=row["tied"],
         widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
     )
@@ -4253,26 +4433,36 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     free_mb = max(0.0, part_gb * 1000)
     checkpoints = -1
     if fit.checkpoint_mb:
+        # Half of the room is for prompts. The least has one checkpoint in it already.
         of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        more = int(free_mb / 2 / of_all_slots_mb)           # half of the room is for prompts
+        more = int(free_mb / 2 / of_all_slots_mb)
         checkpoints = min(MOST_CHECKPOINTS, 1 + more)
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    cache_mib = LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB)
-    return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
+    free_mib = int(free_mb * 1e6 / MIB)
+    return tier._replace(
+        cache_ram_mib=min(MOST_CACHE_MIB, LEAST_CACHE_MIB + free_mib),
+        ctx_checkpoints=checkpoints,
+    )
 
 
 def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
     """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
+    needs = {}
+    taken_gb = {}
     # Prompts and checkpoints are kept in the host's memory, wherever the model is.
-    limit_gb, taken_gb = machine.budget_gb, {fit.name: fit.need_gb for fit in fits}
-    if machine.host_gb:
-        limit_gb, taken_gb = machine.host_gb, {fit.name: fit.host_gb for fit in fits}
-    chats = {tier.name for tier in config.tiers if tier.chats}
-    needs = {fit.name: fit.needs for fit in fits}
+    limit_gb = machine.host_gb or machine.budget_gb
+    for fit in fits:
+        needs[fit.name] = fit.needs
+        taken_gb[fit.name] = fit.need_gb
+        if machine.host_gb:
+            taken_gb[fit.name] = fit.host_gb
+    chats = [tier.name for tier in config.tiers if tier.chats]
     parts_gb: Dict[str, float] = {}
     for together in residency_sets(config, needs, machine.budgets_gb):
-        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
-        sharing = chats.intersection(together.tiers)
+        left_gb = limit_gb
+        for name in together.tiers:
+            left_gb -= taken_gb.get(name, 0.0)
+        sharing = [name for name in chats if name in together.tiers]
         for name in sharing:
             part_gb = left_gb / len(sharing)
             parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
@@ -4286,22 +4476,25 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     that is all the memory there is, of the host's beside a card of its own. Tiers that hold no
     conversation get none.
     """
-    by_name = {f.name: f for f in fits if f.source != "hosted"}
-    parts_gb = _cache_parts_gb(config, list(by_name.values()), machine)
+    local = [fit for fit in fits if fit.source != "hosted"]
+    parts_gb = _cache_parts_gb(config, local, machine)
+    known = {fit.name: fit for fit in local if any(fit.needs)}
     tiers = []
     for tier in config.tiers:
-        fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and any(fit.needs):
-            tier = _with_cache(tier, fit, parts_gb.get(tier.name, 0.0))
+        if tier.chats and tier.name in known:
+            part_gb = parts_gb.get(tier.name, 0.0)
+            tier = _with_cache(tier, known[tier.name], part_gb)
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
 
 
 def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
+    # Either is -1 where nothing has been chosen for the tier.
+    prompts_mib = max(0, tier.cache_ram_mib)
     checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
-    checkpoints_mib = checkpoints * fit.checkpoint_mb * 1e6 / MIB
-    return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
+    checkpoints_bytes = checkpoints * fit.checkpoint_mb * 1e6
+    return prompts_mib + round(checkpoints_bytes / MIB)
 
 
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
@@ -4318,7 +4511,9 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
 
     `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
     """
-    most = {tier.name: trained_context(trained.get(tier.name, 0), tier) for tier in config.tiers}
+    most = {}
+    for tier in config.tiers:
+        most[tier.name] = trained_context(trained.get(tier.name, 0), tier)
     return with_served_contexts(config, most)
 
 
@@ -4338,19 +4533,18 @@ SWAPPED_BYTES = 64 * MIB                        # between two looks
 
 
 def memory_pressure(now: MemoryState, before: MemoryState) -> str:
-    """Why nothing more should be loaded, in words; "" where memory is not short.
-
-    Reading a large file makes Linux swap a little and programs wait, with plenty available.
-    """
-    swapped = now.swapped_bytes - before.swapped_bytes
-    plenty = now.available_gb > now.total_gb * 0.1
+    """Why nothing more should be loaded, in words; "" where memory is not short."""
     if now.critical:
         return "the system says that memory is critically short"
-    if swapped > SWAPPED_BYTES and not plenty:
-        return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
-    if now.stalled_pct >= STALLED_PCT and not plenty:
-        return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
-    if 0 <= now.available_gb < min(1.0, now.total_gb * 0.03):
+    # Reading a large file makes Linux swap a little and programs wait, with plenty available.
+    if now.available_gb <= now.total_gb * 0.1:
+        swapped = now.swapped_bytes - before.swapped_bytes
+        if swapped > SWAPPED_BYTES:
+            return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
+        if now.stalled_pct >= STALLED_PCT:
+            return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
+    least_gb = min(1.0, now.total_gb * 0.03)
+    if 0 <= now.available_gb < least_gb:
         return f"only {now.available_gb:.1f} GB of memory are available"
     if 0 <= now.card_free_gb < 0.1:
         return f"only {now.card_free_gb * 1000:.0f} MB are free on the card"
@@ -4958,7 +5152,6 @@ def _split_header(line: bytes) -> Header:
     if not colon or not name or name.translate(None, _TOKEN_BYTES):
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
-
 
 
 
@@ -7380,28 +7573,41 @@ def _remember(places: Places, name: str, data: bytes) -> None:
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
 
+def _percent_code(found: Match[bytes]) -> bytes:
+    return b"%%%02X" % ord(found.group())
+
+
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
     # Two spellings of one directory are one project.
-    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
+    path = os.path.normcase(os.path.realpath(project))
+    # urllib can quote, but its import would cost each shell prompt some milliseconds.
+    code = re.sub(rb"[^A-Za-z0-9/._-]", _percent_code, os.fsencode(path))
     return code.decode("ascii")
 
 
 def new_mark(project: str, kind: str = "stack") -> str:
     """A mark for one start in `project`; nobody else can have it."""
-    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+    start = os.urandom(12).hex()
+    return f"{kind}-{start}:{_project_code(project)}"
 
 
 def _marked_project(mark: str) -> str:
     """The project that a mark names, "" where it names none."""
     from urllib.parse import unquote_to_bytes
-    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
+    code = mark.partition(":")[2]
+    return os.fsdecode(unquote_to_bytes(code))
+
+
+# Of /proc/PID/stat, counted behind the program's name: the process's start in ticks since boot.
+_STAT_START = 19
 
 
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
-    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # A program's name may hold blanks and parentheses itself.
+    _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
+    return fields.split()
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -7414,11 +7620,13 @@ def _is_empty_shell(pid: int) -> bool:
 
 def _linux_started(pid: int) -> str:
     fields = _linux_stat(pid)
-    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+    if not fields:
+        return ""
+    if fields[0] in "ZX" and _is_empty_shell(pid):
         return ""
     # Ticks since boot come again after the next boot; the boot's own id does not.
-    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-    return f"{boot}-{fields[19]}"
+    boot = read_text("/proc/sys/kernel/random/boot_id")
+    return f"{boot[:8]}-{fields[_STAT_START]}"
 
 
 def _windows_started(pid: int) -> str:
@@ -7441,7 +7649,8 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    command = ["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]
+    return program_output(command).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7457,7 +7666,9 @@ def process_started(pid: int) -> str:
         return _linux_started(pid)
     if _ps_says(pid, "stat").startswith("Z"):
         return ""
-    return " ".join(_ps_says(pid, "lstart").split())
+    # ps pads the day of the month with a blank.
+    words = _ps_says(pid, "lstart").split()
+    return " ".join(words)
 
 
 def process_age_s(pid: int) -> Optional[float]:
@@ -7465,7 +7676,8 @@ def process_age_s(pid: int) -> Optional[float]:
     fields = _linux_stat(pid)
     if fields:
         up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        started_s = int(fields[_STAT_START]) / os.sysconf("SC_CLK_TCK")
+        return up_s - started_s
     # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
     words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
     if not words:
@@ -7477,10 +7689,8 @@ def process_age_s(pid: int) -> Optional[float]:
 
 
 def _all_pids() -> List[int]:
-    """Every process of this machine but this one, on Linux."""
-    names = os.listdir("/proc")
-    pids = {int(name) for name in names if name.isdigit()}
-    return sorted(pids - {os.getpid()})
+    """Every process of this machine, on Linux."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _has_proc() -> bool:
@@ -7509,14 +7719,18 @@ def _variables(words: Iterable[str]) -> Dict[str, str]:
 
 def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
     """Process -> its environment, which ps writes behind the command line."""
-    bare = _ps("-ww", *which, "-o", "pid=,command=")
-    whole = _ps("-wwE", *which, "-o", "pid=,command=")
+    shown = (*which, "-o", "pid=,command=")
+    bare = _ps("-ww", *shown)
+    whole = _ps("-wwE", *shown)
     found = {}
     for pid, text in whole.items():
         command = bare.get(pid, text)
+        # Another process may have got the number between the two calls.
+        if not text.startswith(command):
+            continue
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
-        if words and text.startswith(command):
+        if words:
             found[pid] = _variables(words)
     return found
 
@@ -7528,29 +7742,33 @@ def process_environment(pid: int) -> Optional[Dict[str, str]]:
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
+        data = read_regular(f"/proc/{pid}/environ")
     except OSError:
         return None
+    return _variables(os.fsdecode(data).split("\0"))
 
 
 def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
-        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={pid}).CommandLine"
         return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+        data = read_regular(f"/proc/{pid}/cmdline")
     except OSError:
         return []
+    return os.fsdecode(data).split("\0")
 
 
 def process_user(pid: int) -> Optional[int]:
     """The number of the user a process runs as; None where that cannot be told."""
     if IS_WINDOWS:
         return None
-    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    # The second number is the effective user.
+    status = read_text(f"/proc/{pid}/status")
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
     if found:
         return int(found.group(1))
     uid = _ps_says(pid, "uid")
@@ -7571,12 +7789,10 @@ def _marks() -> Dict[int, str]:
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
-    marks = {}
-    for pid, environment in environments.items():
-        mark = _mark_in(environment)
-        if mark and pid != os.getpid():
-            marks[pid] = mark
-    return marks
+    marks = {pid: _mark_in(environment) for pid, environment in environments.items()}
+    # Whoever stops what carries a mark goes on itself.
+    marks.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in marks.items() if mark}
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -7584,15 +7800,12 @@ def stack_members(stack: str) -> Dict[int, str]:
     return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
-def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
-    """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    code = _project_code(project)
-    found = {}
-    for pid, mark in _marks().items():
-        start, _, marked = mark.partition(":")
-        if start.startswith(f"{kind}-") and marked == code:
-            found[pid] = mark
-    return found
+def project_members(project: str) -> Dict[int, str]:
+    """Living processes of a project's stack, records or none: (pid -> mark)."""
+    end = ":" + _project_code(project)
+    # A worker that downloads for the project outlives its stack; its mark begins otherwise.
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith("stack-") and mark.endswith(end)}
 
 
 class Record(NamedTuple):
@@ -7624,7 +7837,7 @@ def record_is_ours(record: Record, project: str) -> bool:
     return record.stack.partition(":")[2] == _project_code(project)
 
 
-MAX_PID = 2 ** 32 - 1
+MAX_PID = 2 ** 32 - 1                           # of Windows; other systems' are smaller
 
 
 def _is_recorded(name: str, value: Any) -> bool:
@@ -7632,8 +7845,6 @@ def _is_recorded(name: str, value: Any) -> bool:
     if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
-    if name in ("started", "stack") and not value:
-        return False
     return isinstance(value, str) and value.isprintable()
 
 
@@ -7645,17 +7856,22 @@ def parse_record(text: str) -> Optional[Record]:
     pid = int(number)
     if not 1 < pid <= MAX_PID:
         return None
-    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values[name] for name in Record._fields[1:]}
-    if not all(_is_recorded(name, value) for name, value in fields.items()):
-        return None
+    values = {**Record._field_defaults, **parse_json_object(rest)}
+    # What a newer version may have written beside them is no fault.
+    fields: Dict[str, Any] = {}
+    for name in Record._fields[1:]:
+        value = values.get(name)
+        if not _is_recorded(name, value):
+            return None
+        fields[name] = value
     return Record(pid, **fields)
 
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    pid = values.pop("pid")
-    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
+    del values["pid"]
+    rest = json.dumps(values)
+    write_atomic(path, f"{record.pid}\n{rest}\n")
 
 
 def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
@@ -7668,22 +7884,31 @@ def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     return environment
 
 
-def owned_process(record: Optional[Record], project: str) -> bool:
-    """True where a record's process is alive and proves to be what was started for `project`.
+def _is_proven(record: Record) -> bool:
+    """True where the living process of a record is the one that it was written for.
 
     The proof is the mark in its environment, or, where no environment can be read, that it runs our
     program or reads what stands in the project's .llmstack/.
     """
-    if record is None or not record_is_ours(record, project) or not record.alive:
-        return False
     environment = _settled_environment(record.pid)
     if environment is not None:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
-    command = os.path.normcase(" ".join(process_command(record.pid)))
-    program = os.path.normcase(os.path.basename(PROGRAM))
-    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
-    return program in command or state in command
+    command = " ".join(process_command(record.pid))
+    # Windows writes the same path in upper and lower case.
+    command = os.path.normcase(command)
+    program = os.path.basename(PROGRAM)
+    if os.path.normcase(program) in command:
+        return True
+    state = os.path.join(record.project, ".llmstack")
+    return os.path.normcase(state) in command
+
+
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`."""
+    if record is None or not record_is_ours(record, project):
+        return False
+    return record.alive and _is_proven(record)
 
 
 def proven_record(text: str, project: str) -> Optional[Record]:
@@ -7695,7 +7920,7 @@ def proven_record(text: str, project: str) -> Optional[Record]:
     record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    if record.alive and not owned_process(record, project):
+    if record.alive and not _is_proven(record):
         return None
     return record
 
@@ -7706,7 +7931,8 @@ def read_record(path: str) -> Optional[Record]:
     A link in the file's place makes it nobody else's.
     """
     state = os.path.realpath(os.path.dirname(path))
-    return proven_record(read_text(path), os.path.dirname(state))
+    project = os.path.dirname(state)
+    return proven_record(read_text(path), project)
 
 
 def _signal_process(pid: int, number: int) -> None:
@@ -7750,8 +7976,8 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     # The child has its own copy of the descriptor.
     with output:
         try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), close_fds=True, **flags)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=env, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7804,26 +8030,16 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
     return False
 
 
-def _stop_marked(marks: Mapping[int, str]) -> int:
+def stop_members(members: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
     stopped = 0
-    for pid, mark in marks.items():
+    for pid, mark in members.items():
         started = process_started(pid)
         # Meanwhile another process may have got the number.
         if _mark_in(process_environment(pid)) == mark:
             stop_process(pid, started, 2.0)
             stopped += 1
     return stopped
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of one start; returns how many there were."""
-    return _stop_marked(stack_members(stack))
-
-
-def stop_project_members(project: str, kind: str = "stack") -> int:
-    """Stop all that was started for a project, though no record is left; returns how many."""
-    return _stop_marked(project_members(project, kind))
 
 
 def stop_recorded(record: Record, project: str, grace_s: float) -> int:
@@ -7834,11 +8050,14 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = int(owned_process(record, project))
-    if stopped and not stop_process(record.pid, record.started, grace_s):
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                        f"end it by hand: kill -9 {record.pid}")
-    return stopped + stop_stack_members(record.stack)
+    pid = record.pid
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not stop_process(pid, record.started, grace_s):
+            raise UserError(f"{record.kind} (pid {pid}) does not stop",
+                            f"end it by hand: kill -9 {pid}")
+    return stopped + stop_members(stack_members(record.stack))
 
 
 def _group_of(pid: int) -> int:
@@ -7848,12 +8067,18 @@ def _group_of(pid: int) -> int:
         return 0
 
 
+# EACCES is what a port below 1024 gives; then the same two as Windows numbers them.
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES, 10_048, 10_013)
+
+
 def _listen_once(host: str, port: int) -> int:
     """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -7861,8 +8086,7 @@ def _listen_once(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
-            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            if exc.errno in _PORT_TAKEN or getattr(exc, "winerror", 0) in _PORT_TAKEN:
                 return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
@@ -7881,12 +8105,13 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None and time.monotonic() < end:
             time.sleep(0.02)
             continue
-        problem = f"exited with {code}"
+        problem = f"exited with {code} at start"
         if code is None:
-            problem = f"did not answer within {patience_s} s"
+            problem = f"did not answer within {patience_s} s at start"
+        # What stood in the log before is of an earlier start.
         if file_size(log) > log_bytes:
-            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
-        raise UserError(f"{what} {problem} at start", f"see {log}")
+            problem += f":\n{tail_of(log)}"
+        raise UserError(f"{what} {problem}", f"see {log}")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -7921,14 +8146,15 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     """Sockets that listen on `port`, with the number of their user."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        # The columns are proc(5)'s; both queues are one word, and so are the timer and its time.
         for row in read_text(table).splitlines()[1:]:
-            fields = row.split()
-            address, _, number = fields[1].rpartition(":")
-            # 0A is LISTEN.
-            listens = fields[3] == "0A" and int(number, 16) == port
-            if listens and address in _LOCAL_ADDRESSES:
-                user, inode = int(fields[7]), fields[9]
-                found[f"socket:[{inode}]"] = user
+            _, local, _, state, _, _, _, user, _, inode = row.split()[:10]
+            address, _, number = local.rpartition(":")
+            if address not in _LOCAL_ADDRESSES or int(number, 16) != port:
+                continue
+            # LISTEN.
+            if state == "0A":
+                found[f"socket:[{inode}]"] = int(user)
     return found
 
 
@@ -7949,13 +8175,17 @@ def _linux_listeners(port: int) -> Set[int]:
     sockets = _linux_sockets(port)
     if not sockets:
         return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
+    holders = set()
+    for pid in _all_pids():
+        if not sockets.keys().isdisjoint(_open_files(pid)):
+            holders.add(pid)
+    return holders
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
     """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    row = rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$"
+    found = re.findall(row, netstat, re.MULTILINE)
     return {int(pid) for pid in found}
 
 
@@ -7968,15 +8198,19 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(program_output(["netstat", "-ano"]), port)
-    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
+        netstat = program_output(["netstat", "-ano"])
+        return _windows_listeners(netstat, port)
+    command = ["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]
+    words = program_output(command).split()
+    return {int(pid) for pid in words if pid.isdigit()}
 
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
+    # The program itself, or Python and then the program.
     words = process_command(pid)[:2]
-    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
+    program = re.compile(r"(^|[/\\])llmstack(\.pyz?)?\Z")
+    return any(map(program.search, words))
 
 
 def _hidden_holder(port: int) -> str:
@@ -8001,15 +8235,20 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "llmstack" if _is_llmstack(pid) else "program"
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
         return f"another user's {what} (pid {pid})"
-    project = _marked_project(_mark_in(process_environment(pid)))
+    mark = _mark_in(process_environment(pid))
+    project = _marked_project(mark)
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
     name = read_text(f"/proc/{pid}/comm").strip()
     if not name:
         name = os.path.basename(_ps_says(pid, "comm"))
-    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+    # Any process may give itself any name.
+    name = visible(name, 80) or "a program"
+    return f"{name} (pid {pid})"
 
 
 # ==================================================================================================
@@ -8061,7 +8300,9 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str) -> str:
     """The Python of an environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
     return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
@@ -8069,15 +8310,17 @@ def _has_its_python(directory: str, python: str) -> bool:
     """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1)):
+    if home is None or not os.path.isdir(home[1]):
         return False
     if not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
+    # Where its name tells no version, as on Windows, no directory does.
     if not re.match(r"python3\.[0-9]+t?\Z", name):
         return True
-    return os.path.isdir(os.path.join(directory, "lib", name))
+    packages = os.path.join(directory, "lib", name)
+    return os.path.isdir(packages)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
@@ -8085,7 +8328,8 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_program(wanted, data))
+    python = environment_program(wanted, data)
+    return _has_its_python(directory, python)
 
 
 def _launched_python(minor: int) -> str:
@@ -8111,7 +8355,7 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     if sys.version_info[1] in minors:
         return sys.executable
     for minor in reversed(minors):
-        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        python = find_program(f"python3.{minor}{EXE}") or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
     return ""
@@ -8133,24 +8377,24 @@ def run_with_progress(what: str, command: Sequence[str],
     import tempfile
     began = time.monotonic()
     with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while not _ends_within(process, 1):
-                progress.show(f"  {what}: {time.monotonic() - began:.0f} s")
+                passed_s = time.monotonic() - began
+                progress.show(f"  {what}: {passed_s:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
             process.wait()
             raise
+        passed_s = time.monotonic() - began
+        if not process.returncode:
+            progress.say(f"  {what}: done in {passed_s:.0f} s")
+            return None
+        progress.say(f"  {what}: failed after {passed_s:.0f} s")
         output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-        passed = time.monotonic() - began
-        if process.returncode:
-            progress.say(f"  {what}: failed after {passed:.0f} s")
-            return text
-        progress.say(f"  {what}: done in {passed:.0f} s")
-    return None
+        return output.read().decode("utf-8", "replace")
 
 
 def outside_pip(python: str) -> List[str]:
@@ -8158,10 +8402,12 @@ def outside_pip(python: str) -> List[str]:
 
     -I keeps a pip.py of the current directory from being taken for it.
     """
+    # Most of the time both are the same.
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
-        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+        said = program_output([*command, "--version"])
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", said)
+        if version and tuple(map(int, version.groups())) >= OLDEST_PIP:
             return command
     return []
 
@@ -8170,11 +8416,27 @@ def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
         return [wanted.requirement]
-    words = [wanted.requirement]
-    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
+    # pip takes hashes from a file alone.
+    line = wanted.requirement
+    for digest in wanted.hashes:
+        line += f" --hash=sha256:{digest}"
     path = os.path.join(directory, "requirements.txt")
-    write_atomic(path, " ".join(words) + "\n")
+    write_atomic(path, line + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
+
+
+def _install_error(wanted: PrivateEnvironment, what: str, output: str) -> UserError:
+    """What to say where a step of an installation has failed."""
+    hint = "see that PyPI can be reached, then again"
+    # Debian keeps venv's part of Python in a package of its own.
+    if "ensurepip" in output:
+        hint = "apt install python3-venv, then again"
+    if wanted.otherwise:
+        hint += f"; {wanted.otherwise}"
+    # pip and venv say the reason last.
+    said = output.strip() or "no reason given"
+    reason = said.splitlines()[-1]
+    return UserError(f"the {what} failed: {reason}", hint)
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -8185,7 +8447,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     """
     import shutil
     directory = environment_dir(wanted, data)
-    if os.path.exists(os.path.join(directory, "ready")):
+    ready = os.path.join(directory, "ready")
+    if os.path.exists(ready):
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
@@ -8197,25 +8460,19 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         make.append("--without-pip")
         pip = [*outside, "--python", inside]
     pip += ["install", "--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += _requirement_words(wanted, directory)
     steps = (
         ("environment", make),
-        ("download and install", [*pip, *_requirement_words(wanted, directory)]),
+        ("download and install", pip),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = run_with_progress(what, command, say)
-        if output is None:
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        # pip and venv say the reason last.
-        said = output.strip() or "no reason given"
-        reason = said.splitlines()[-1]
-        hint = "see that PyPI can be reached, then again"
-        # Debian keeps venv's part of Python in a package of its own.
-        if "ensurepip" in output:
-            hint = "apt install python3-venv, then again"
-        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
-    write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise _install_error(wanted, what, output)
+    # Last: an environment without it is made anew.
+    write_atomic(ready, wanted.version + "\n")
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
@@ -8225,12 +8482,14 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
     """
     if environment_ready(wanted, data):
         return
+    what = wanted.what
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
+        raise UserError(f"{what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {what}; waiting")):
+        # Whoever held the lock may have made it.
         if not environment_ready(wanted, data):
             _make_environment(wanted, data, python, say)
 
@@ -9408,7 +9667,8 @@ class Server:
     Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
     """
 
-    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
+                 head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
         self._core = core_here()                # that its connections' threads keep to
         self._lock = threading.Lock()
@@ -9541,12 +9801,6 @@ class Server:
             closing, self._refused = self._refused[:most], self._refused[most:]
         for client in closing:
             client.close()
-
-
-def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
-    """A listening server; serve_forever() answers. Errors: OSError."""
-    return Server(host, port, app, most, head_timeout_s)
 
 
 # ==================================================================================================
@@ -10360,36 +10614,53 @@ def may_change(request: Request) -> bool:
 # the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
 
 OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
-_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
-                   "presence_penalty", "frequency_penalty")
+# These have the same name and meaning in both.
+_OLLAMA_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
+    "presence_penalty", "frequency_penalty",
+)
 # What asks a model -> the path of OpenAI's API for it; and the other paths.
-_OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
-                "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+_OLLAMA_ASKS = {
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/chat/completions",
+    "/api/embed": "/v1/embeddings",
+    "/api/embeddings": "/v1/embeddings",
+}
 _OLLAMA_PATHS = frozenset({
     *_OLLAMA_ASKS, "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull"})
-# How a picture begins in base64 -> its kind.
-_PICTURES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
+# How a picture begins in base64 -> its kind; all others are PNG.
+_PICTURES = {"/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
 
 
 def ollama_path(path: str) -> str:
     """The path of Ollama's API that this is, "" for none."""
     path = path.rstrip("/")
-    return path if path in _OLLAMA_PATHS else ""
+    if path not in _OLLAMA_PATHS:
+        return ""
+    return path
 
 
 def _list_of(value: object) -> List[Any]:
-    return value if isinstance(value, list) else []
+    """A value that should be a list; [] for any other."""
+    if not isinstance(value, list):
+        return []
+    return value
 
 
 def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
     choices = _list_of(value.get("choices"))
-    return dict_of(choices[0]) if choices else {}
+    if not choices:
+        return {}
+    return dict_of(choices[0])
 
 
 def _picture_part(data: object) -> Dict[str, Any]:
     """A picture, in base64, as a part of a message."""
     text = str(data)
-    kind = next((kind for begins, kind in _PICTURES.items() if text.startswith(begins)), "png")
+    kind = "png"
+    for begins, other in _PICTURES.items():
+        if text.startswith(begins):
+            kind = other
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
 
 
@@ -10404,26 +10675,33 @@ def _with_pictures(text: object, images: object) -> object:
 def _openai_call(call: object, number: str) -> Dict[str, Any]:
     """A tool call, under the number that its result is going to name."""
     function = dict_of(dict_of(call).get("function"))
-    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    asked = {"name": function.get("name"), "arguments": arguments}
+    arguments = function.get("arguments") or {}
+    asked = {
+        "name": function.get("name"),
+        "arguments": json.dumps(arguments, ensure_ascii=False),
+    }
     return {"id": number, "type": "function", "function": asked}
 
 
-def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
-    """Ollama's messages as OpenAI's. Calls get the numbers that their results then name in turn."""
+def _openai_messages(messages: Iterable[Any]) -> List[Dict[str, Any]]:
+    """Ollama's messages as OpenAI's."""
     made: List[Dict[str, Any]] = []
+    # Ollama's results come in the order of their calls, OpenAI's name theirs.
     open_calls: List[str] = []
-    for message in messages:
-        if not isinstance(message, dict):
+    for message in map(dict_of, messages):
+        if not message:
             continue
+        role = message.get("role")
         content = _with_pictures(message.get("content"), message.get("images"))
-        new = {"role": message.get("role"), "content": content}
-        calls = [_openai_call(call, f"call_{len(made)}_{index}")
-                 for index, call in enumerate(_list_of(message.get("tool_calls")))]
+        new = {"role": role, "content": content}
+        calls: List[Dict[str, Any]] = []
+        for call in _list_of(message.get("tool_calls")):
+            number = f"call_{len(made)}_{len(calls)}"
+            calls.append(_openai_call(call, number))
         if calls:
             new["tool_calls"] = calls
             open_calls = [call["id"] for call in calls]
-        if message.get("role") == "tool" and open_calls:
+        if role == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
             new["reasoning_content"] = message["thinking"]
@@ -10453,7 +10731,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
         if key in options:
             body[key] = options[key]
     most = options.get("num_predict")
-    if isinstance(most, int) and most > 0:
+    if isinstance(most, int) and most > 0:      # Ollama has -1 and -2 for no limit
         body["max_tokens"] = most
     shape = ask("format")
     if isinstance(shape, dict):
@@ -10465,6 +10743,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     if isinstance(think, str):                  # low, medium or high
         body["reasoning_effort"] = think
     elif isinstance(think, bool):
+        # Templates ask for it under this name, each for itself.
         body["chat_template_kwargs"] = {"enable_thinking": think}
     return body
 
@@ -10479,44 +10758,51 @@ class OllamaAnswer(Translation):
     content_type = b"application/json"
 
     def __init__(self, path: str, model: str, stream: bool) -> None:
-        self._path, self._model, self._stream = path, model, stream
+        self._path = path
+        self._model = model
+        self._stream = stream
         if stream:
             self.content_type = b"application/x-ndjson"
         self._status = 200
         self._held = bytearray()                # a line that is not whole, or the whole body
         self._calls: Dict[int, Dict[str, str]] = {}
-        self._reason = "stop"
+        self._reason: object = "stop"
         self._failed = False
         self._began = time.monotonic()
-        self._said = bytearray()                # where the tokens are counted
+        self._said = b""                        # where the tokens are counted
 
     def begin(self, status: int) -> None:
         self._status = status
 
     def nothing(self) -> bytes:
         """The answer to a request without words."""
-        return _json_line({**self._row(""), "done": True, "done_reason": "load"})
+        return _json_line({**self._row({}), "done": True, "done_reason": "load"})
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
-        failed = self._status >= 400
-        if failed or not self._stream:
-            if not last:
-                return b""
-            if not failed:
-                return self._whole()
+        # An error is one object, whatever was asked for.
+        has_failed = self._status >= 400
+        if self._stream and not has_failed:
+            return self._feed_stream(last)
+        if not last:
+            return b""
+        if has_failed:
             text = self._held.decode("utf-8", "replace")
             return _json_line({"error": said_error(text)})
-        *lines, rest = bytes(self._held).split(b"\n")
-        self._held = bytearray(rest)
-        events = [line[5:] for line in lines if line.startswith(b"data:")]
-        out = b"".join(map(self._event, events))
-        if last and not self._failed:
-            # Ollama's clients take a call whole; here they come in pieces, up to the end.
-            if self._calls:
-                out += self._line("", "", self._made_calls())
-            out += _json_line(self._end(self._row("")))
-        return out
+        return self._whole()
+
+    def _feed_stream(self, last: bool) -> bytes:
+        *lines, self._held = self._held.split(b"\n")      # the last one is not whole yet
+        out = b""
+        for line in lines:
+            if line.startswith(b"data:"):
+                out += self._event(bytes(line[len(b"data:"):]))
+        if not last or self._failed:
+            return out
+        # Ollama's clients take a call whole; here they come in pieces, up to the end.
+        if self._calls:
+            out += _json_line(self._row({}, self._made_calls()))
+        return out + self._end(self._row({}))
 
     def _event(self, data: bytes) -> bytes:
         """What one event of the stream becomes."""
@@ -10524,18 +10810,19 @@ class OllamaAnswer(Translation):
         error = value.get("error")
         if error:
             self._failed = True
-            return _json_line({"error": str(dict_of(error).get("message") or error)})
+            message = dict_of(error).get("message") or error
+            return _json_line({"error": str(message)})
         if value.get("usage") or value.get("timings"):
-            self._said = bytearray(data)
+            self._said = data
+        # The event that counts the tokens has no choice, and comes behind the one with the reason.
         choice = _first_choice(value)
         self._reason = choice.get("finish_reason") or self._reason
         delta = dict_of(choice.get("delta"))
         for call in _list_of(delta.get("tool_calls")):
             self._add_call(call)
-        content, thinking = delta.get("content"), delta.get("reasoning_content")
-        if not content and not thinking:
+        if not delta.get("content") and not delta.get("reasoning_content"):
             return b""
-        return self._line(content or "", thinking or "")
+        return _json_line(self._row(delta))
 
     def _add_call(self, call: object, index: int = 0) -> None:
         """A tool call, or the next piece of one."""
@@ -10554,61 +10841,71 @@ class OllamaAnswer(Translation):
             made.append({"function": {"name": call["name"], "arguments": arguments}})
         return made
 
-    def _row(self, content: str, thinking: str = "",
+    def _row(self, said: Mapping[str, Any],
              calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"model": self._model, "created_at": created}
-        more: Dict[str, Any] = {}
-        if thinking:
-            more["thinking"] = thinking
+        """The line for a message of OpenAI's, or for a piece of one."""
+        content = said.get("content") or ""
+        more = {}
+        if said.get("reasoning_content"):
+            more["thinking"] = said["reasoning_content"]
         if calls:
-            more["tool_calls"] = list(calls)
+            more["tool_calls"] = calls
+        row = {
+            "model": self._model,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "done": False,
+        }
         if self._path == "/api/generate":
             return {**row, "response": content, **more}
         return {**row, "message": {"role": "assistant", "content": content, **more}}
 
-    def _line(self, content: str, thinking: str, calls: Sequence[Dict[str, Any]] = ()) -> bytes:
-        return _json_line({**self._row(content, thinking, calls), "done": False})
-
-    def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
+    def _end(self, row: Mapping[str, Any]) -> bytes:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
-        counts = tokens_said(bytes(self._said))
-        reason = "length" if self._reason == "length" else "stop"
+        counts = tokens_said(self._said)
+        # Ollama knows these two: OpenAI's tool_calls is a stop, too.
+        reason = "stop"
+        if self._reason == "length":
+            reason = "length"
         # Where a rate is not known, a duration of next to nothing.
-        read_s = (counts.prompt - counts.cached) / (counts.read_per_s or 1e9)
+        read_tokens = counts.prompt - counts.cached
+        read_s = read_tokens / (counts.read_per_s or 1e9)
         written_s = counts.output / (counts.written_per_s or 1e9)
-        return {
-            **row, "done": True, "done_reason": reason,
-            "total_duration": int((time.monotonic() - self._began) * 1e9),
+        took_s = time.monotonic() - self._began
+        return _json_line({
+            **row,
+            "done": True,
+            "done_reason": reason,
+            "total_duration": int(took_s * 1e9),
             "load_duration": 0,
             "prompt_eval_count": counts.prompt,
             "prompt_eval_duration": int(read_s * 1e9),
             "eval_count": counts.output,
-            "eval_duration": int(written_s * 1e9)}
+            "eval_duration": int(written_s * 1e9),
+        })
 
     def _whole(self) -> bytes:
         """An answer that is no stream."""
-        self._said = self._held
-        value = parse_json_object(bytes(self._held))
+        self._said = bytes(self._held)
+        value = parse_json_object(self._said)
         if _OLLAMA_ASKS[self._path] == "/v1/embeddings":
             return self._vectors(value)
         choice = _first_choice(value)
+        self._reason = choice.get("finish_reason")
         message = dict_of(choice.get("message"))
-        self._reason = choice.get("finish_reason") or "stop"
         for index, call in enumerate(_list_of(message.get("tool_calls"))):
             self._add_call(call, index)
-        content = message.get("content") or ""
-        thinking = message.get("reasoning_content") or ""
-        row = self._row(content, thinking, self._made_calls())
-        return _json_line(self._end(row))
+        return self._end(self._row(message, self._made_calls()))
 
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
-        vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
-        if self._path == "/api/embeddings":
+        rows = map(dict_of, _list_of(value.get("data")))
+        vectors = [row.get("embedding") for row in rows]
+        if self._path == "/api/embeddings":     # it has one text, and one vector
             return _json_line({"embedding": next(iter(vectors), [])})
-        tokens = tokens_said(bytes(self._said)).prompt
-        return _json_line({"model": self._model, "embeddings": vectors,
-                           "prompt_eval_count": tokens})
+        return _json_line({
+            "model": self._model,
+            "embeddings": vectors,
+            "prompt_eval_count": tokens_said(self._said).prompt,
+        })
 
 
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10616,16 +10913,23 @@ def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     import hashlib
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     name = str(entry.get("id"))
-    details = {"parent_model": "", "format": "gguf", "family": "llmstack",
-               "families": ["llmstack"], "parameter_size": "",
-               "quantization_level": str(own.get("quant") or "")}
+    size_gb = float(own.get("size_gb") or 0)
+    # Any digest will do: `ollama list` shows the first twelve characters of it.
+    digest = hashlib.sha256(name.encode("utf-8", "replace"))
+    details = {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "llmstack",
+        "families": ["llmstack"],
+        "parameter_size": "",
+        "quantization_level": str(own.get("quant") or ""),
+    }
     return {
         "name": name,
         "model": name,
         "modified_at": "1970-01-01T00:00:00Z",
-        "size": int(float(own.get("size_gb") or 0) * 1e9),
-        # Any digest will do: `ollama list` shows the first twelve characters of it.
-        "digest": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(),
+        "size": int(size_gb * 1e9),
+        "digest": digest.hexdigest(),
         "capabilities": entry.get("capabilities") or ["completion"],
         "details": details,
     }
@@ -10635,10 +10939,16 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama describes a model."""
     context = entry.get("context_length") or 0
     model = ollama_model(entry)
-    info = {"general.architecture": "llmstack", "llmstack.context_length": context}
-    same = {key: model[key] for key in ("details", "modified_at", "capabilities")}
-    return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
-            "model_info": info, **same}
+    return {
+        "modelfile": "",
+        "parameters": f"num_ctx {context}",
+        "template": "",
+        "license": "",
+        "model_info": {"general.architecture": "llmstack", "llmstack.context_length": context},
+        "details": model["details"],
+        "modified_at": model["modified_at"],
+        "capabilities": model["capabilities"],
+    }
 
 
 # ==================================================================================================
@@ -10789,12 +11099,17 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     return request, body
 
 
-def read_object(body: bytes) -> Dict[str, Any]:
-    """The JSON object in a request's body. Errors: HttpError 400."""
+def read_json(body: bytes) -> Any:
+    """The JSON in a request's body. Errors: HttpError 400."""
     try:
-        values = parse_json(str(body, "utf-8"))
+        return parse_json(str(body, "utf-8"))
     except (ValueError, RecursionError) as exc:
         raise HttpError(400, f"the body is not JSON: {exc}") from None
+
+
+def read_object(body: bytes) -> Dict[str, Any]:
+    """The JSON object in a request's body. Errors: HttpError 400."""
+    values = read_json(body)
     if not isinstance(values, dict):
         raise HttpError(400, "the body is not a JSON object")
     return values
@@ -11800,19 +12115,41 @@ class RouterApp(App):
 # ==================================================================================================
 # Which programs the engines run, and what a llama-server says of itself: the flags it refuses and
 # its build. It is run for that and for nothing else; loading models is ENGINE's.
+#
+# What it says is kept, as is all that is learned further down: a file a kind, in it a row a build
+# or a model, the newest last. So what nobody uses any more goes by itself.
+
+MAX_LEARNED = 64                                # rows a file
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
+OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
+# Any value of these is as good to ask with: flags are asked anew for none of them.
+_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")
 
 
 def digest_of(*facts: str) -> str:
     """24 hexadecimal digits that tell these facts from any others."""
     import hashlib
     text = "\0".join(facts)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+    digest = hashlib.sha256(text.encode("utf-8", "replace"))
+    return digest.hexdigest()[:24]
+
+
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_LEARNED."""
+    kept = {**rows}
+    # Behind all others again, not where it was.
+    kept.pop(identity, None)
+    kept[identity] = row
+    newest = list(kept.items())[-MAX_LEARNED:]
+    return dict(newest)
 
 
 def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
-    status = os.stat(program[0])
-    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    path = program[0]
+    status = os.stat(path)
+    stamp = f"{path}:{status.st_size}:{status.st_mtime_ns}"
     if len(program) > 1:
         stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
     return stamp
@@ -11823,14 +12160,17 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
-    own = config.settings.get("llama_server_bin", "")
-    named = own or env.get("LLAMA_SERVER_BIN", "")
+    where = "llama_server_bin in models.ini"
+    named = config.settings.get("llama_server_bin")
+    if not named:
+        where = "LLAMA_SERVER_BIN"
+        named = env.get(where)
     if named:
         found = _expand(named)
+        # A mere name is meant for PATH, not for the directory that we stand in.
         if os.path.basename(named) == named:
             found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
-            where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here",
                             "correct it, or leave it out to search PATH", 2)
         return (found,)
@@ -11839,7 +12179,8 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         return (found,)
     if not environment_ready(LLAMA_CPP, data):
         return ()
-    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
+    python = environment_program(LLAMA_CPP, data)
+    return tuple(guest_command(python, "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -11858,43 +12199,50 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return find_program(name)
 
 
-LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
-                     " `llmstack start --demo`")
-OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
-MAX_PROBED_BUILDS = 8                           # whose answers are kept
-_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
-
-
-def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bool:
+def _takes_flags(program: Sequence[str], flags: Iterable[Flag]) -> bool:
     """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
     import subprocess
-    words = [word for flag in flags for word in flag]
-    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    words = itertools.chain.from_iterable(flags)
+    command = [*program, *words, "--version"]
     try:
-        ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
+        ended = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError) as exc:
         raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
     return ended.returncode == 0
 
 
-def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) -> Set[str]:
+def _ask_flags(program: Sequence[str], groups: Mapping[str, Flag]) -> Set[str]:
     """The names of those that a llama-server refuses, of replacements too. Errors: UserError.
 
     `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
     drop flags, so all are tried together first, and one by one only where that fails.
     """
-    takes = functools.partial(_takes_flags, program)
-    if not takes(()):
+    if not _takes_flags(program, ()):
         raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
-    if takes(groups.values()):
+    if _takes_flags(program, groups.values()):
         return set()
-    replacements = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
-    # The usual case takes three runs, not one a flag.
-    if takes(replacements.get(name, flag) for name, flag in groups.items()):
-        return {name for name in replacements if not takes([groups[name]])}
-    refused = {name for name, flag in groups.items() if not takes([flag])}
-    for name, other in replacements.items():
-        if name in refused and not takes([other]):
+    others = {}
+    for name in FLAG_REPLACEMENTS:
+        if name in groups:
+            others[name] = FLAG_REPLACEMENTS[name]
+    doubtful = set(groups)
+    # A build that refuses one of these takes its replacement, as a rule, and all the rest.
+    if _takes_flags(program, {**groups, **others}.values()):
+        doubtful = set(others)
+    refused = set()
+    for name in doubtful:
+        if _takes_flags(program, [groups[name]]):
+            continue
+        refused.add(name)
+        other = others.get(name)
+        if other and not _takes_flags(program, [other]):
             refused.add(other[0])
     return refused
 
@@ -11906,27 +12254,31 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     """
     if not program:
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    try:
+        stamp = build_stamp(program)
+    except OSError as exc:
+        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     flags = common_flags(config)
     for tier in local_tiers(config):
         flags += all_flags(tier, config)
     if config.park_gb:
         flags.append(("--slot-save-path", data))
-    groups = {flag[0]: flag for flag in flags}
-    try:
-        stamp = build_stamp(program)
-    except OSError as exc:
-        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
-    cache_path = os.path.join(data, "flags.json")
-    cache = _read_json(cache_path)
-    known = dict_of(cache.get(stamp))
-    asked = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
+    groups = {}
+    asked = {}
+    for flag in flags:
+        name = flag[0]
+        groups[name] = flag
+        if name not in _BY_TIER:
+            asked[name] = " ".join(flag)
+    path = os.path.join(data, "flags.json")
+    rows = _read_json(path)
+    known = dict_of(rows.get(stamp))
     if known.get("asked") == asked:
         return frozenset(known["refused"])
     refused = _ask_flags(program, groups)
-    others = [key for key in cache if key != stamp][:MAX_PROBED_BUILDS - 1]
-    rows = {stamp: {"asked": asked, "refused": sorted(refused)}}
-    rows.update((key, cache[key]) for key in others)
-    write_atomic(cache_path, json.dumps(rows, indent=1))
+    row = {"asked": asked, "refused": sorted(refused)}
+    rows = newest_rows(rows, stamp, row)
+    write_atomic(path, json.dumps(rows, indent=1))
     return frozenset(refused)
 
 
@@ -11936,10 +12288,11 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     for tier in local_tiers(config):
         try:
             program = find_llama_server(tier_config(config, tier), env, data)
-            refused = probe_flags(program, config, data) if program else frozenset()
+            refused = probe_flags(program, config, data)
         except UserError:                       # said elsewhere
             continue
-        notes += refused_settings(config._replace(tiers=(tier,)), refused)
+        alone = config._replace(tiers=(tier,))
+        notes += refused_settings(alone, refused)
     return notes
 
 
@@ -11947,15 +12300,17 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # FIT
 # ==================================================================================================
 # The hub, its cache on this disk, and what each tier takes by the header of its file in either.
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
-# Nothing is fetched here but headers; extras/download.py brings files.
+# Headers are read anew each time, 40 ms for a vocabulary of 152,000, but where `status` would wait
+# for them all: see trained_contexts. Nothing is fetched here but headers; extras/download.py brings
+# files.
 #
 # Behind that stands what use has taught of a tier: whether drafting pays, and what `probe` has
 # measured. Either is kept under a name for machine, weights, build and flags together, so it ends
 # with what it was measured of.
 
 
-_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+# The first that is set counts, and the place below it.
+_CACHE_VARIABLES = (
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
     ("HUGGINGFACE_HUB_CACHE", ""),
@@ -11978,17 +12333,22 @@ def repo_dir(cache: str, repo: str) -> str:
     return os.path.join(cache, "models--" + repo.replace("/", "--"))
 
 
-def _names_in(directory: str) -> List[str]:
+def _names_in(directory: str, ending: str = "") -> List[str]:
+    """The files of a directory that may not be there."""
     try:
-        return sorted(os.listdir(directory))
+        names = os.listdir(directory)
     except OSError:
         return []
+    found = [name for name in names if name.endswith(ending)]
+    return sorted(found)
 
 
 def _projector_in(directory: str) -> str:
     """The path of the projector that a directory holds, "" for none."""
     found = choose_projector(_names_in(directory))
-    return os.path.join(directory, found) if found else ""
+    if not found:
+        return ""
+    return os.path.join(directory, found)
 
 
 def local_file(cache: str, repo: str, file: str) -> str:
@@ -11997,28 +12357,37 @@ def local_file(cache: str, repo: str, file: str) -> str:
     Only the commit of refs/main counts: what lies below another is not found.
     """
     folder = repo_dir(cache, repo)
-    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    ref = os.path.join(folder, "refs", "main")
+    commit = read_text(ref).strip()
+    if not commit:
+        return ""
     snapshot = os.path.join(folder, "snapshots", commit)
     if file == ANY_PROJECTOR:
-        return _projector_in(snapshot) if commit else ""
+        return _projector_in(snapshot)
     path = os.path.join(snapshot, *file.split("/"))
-    if commit and os.path.isfile(path):
+    if os.path.isfile(path):
         return path
     return ""
 
 
 def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
     """Where each file of a tier's model lies on this disk, "" for one that is not here."""
-    if weights.path:
-        return [weights.path if os.path.isfile(weights.path) else ""]
-    cache = hub_cache_dir(env)
-    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+    path = weights.path
+    if not path:
+        cache = hub_cache_dir(env)
+        names = split_parts(weights.file)
+        return [local_file(cache, weights.repo, name) for name in names]
+    if os.path.isfile(path):
+        return [path]
+    return [""]
 
 
 def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     """The first file of a tier's model where all of it is on this disk, else ""."""
     parts = local_parts(weights, env)
-    return parts[0] if all(parts) else ""
+    if not all(parts):
+        return ""
+    return parts[0]
 
 
 def downloaded_share(weights: Weights, env: Mapping[str, str]) -> float:
@@ -12027,14 +12396,14 @@ def downloaded_share(weights: Weights, env: Mapping[str, str]) -> float:
     It writes beside what the hub's cache calls a blob. Source: download.cpp.
     """
     whole_bytes = weights.size_gb * 1e9
-    if not (weights.repo and whole_bytes):
+    if not weights.repo or not whole_bytes:
         return 0.0
-    blobs = os.path.join(repo_dir(hub_cache_dir(env), weights.repo), "blobs")
-    here = [path for path in local_parts(weights, env) if path]
-    for name in _names_in(blobs):
-        if name.endswith(".downloadInProgress"):
-            here.append(os.path.join(blobs, name))
-    return sum(map(file_size, here)) / whole_bytes
+    here = sum(map(file_size, local_parts(weights, env)))
+    folder = repo_dir(hub_cache_dir(env), weights.repo)
+    blobs = os.path.join(folder, "blobs")
+    for name in _names_in(blobs, ".downloadInProgress"):
+        here += file_size(os.path.join(blobs, name))
+    return here / whole_bytes
 
 
 def fetching_words(tier: Tier) -> str:
@@ -12084,6 +12453,7 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
     if parts is None:
         raise Unreachable(f"{what} has no address that can be asked: {url}",
                           "give it one that begins with https://")
+    host = parts.group(1)
     request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
     for name, value in headers.items():
         if name == "Authorization":             # not sent on when it leads elsewhere
@@ -12091,20 +12461,22 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
         else:
             request.add_header(name, value)
     ask: Any = urllib.request.urlopen
-    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
-        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    if is_loopback(host):                       # a proxy would look for it on its own machine
+        no_proxy = urllib.request.ProxyHandler({})
+        ask = urllib.request.build_opener(no_proxy).open
     try:
         return ask(request, timeout=timeout_s)
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError:              # an answer: whoever asked knows what it means
         raise
     except (OSError, ValueError) as exc:
+        # A URLError has the error of the socket as its reason; that one's words say more.
         cause = getattr(exc, "reason", exc)
         reason = str(getattr(cause, "strerror", None) or cause)
         hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
         if "CERTIFICATE_VERIFY" in reason:
             hint = ("this Python has no certificates: run its Install Certificates.command,"
                     " or set SSL_CERT_FILE")
-        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+        raise Unreachable(f"{what} cannot be reached at {host}: {reason}", hint) from None
 
 
 def _part_header(path: str) -> GgufHeader:
@@ -12116,33 +12488,40 @@ def _part_header(path: str) -> GgufHeader:
             return file.read(count)
 
         header = parse_gguf_header(read)
-    if file_size(path) < header.end:
-        raise BrokenGgufError(f"is not whole: {file_size(path):,} of {header.end:,} bytes")
+    size = file_size(path)
+    if size < header.end:
+        raise BrokenGgufError(f"is not whole: {size:,} of {header.end:,} bytes")
     return header
 
 
 def local_header(path: str) -> GgufHeader:
     """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
-    first = _part_header(path)
-    return merge_headers(first, map(_part_header, split_parts(path)[1:]))
+    further = split_parts(path)[1:]
+    return merge_headers(_part_header(path), map(_part_header, further))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
     """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    last = first + count - 1
+    headers = {"Range": f"bytes={first}-{last}"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     try:
         with open_url(url, headers, "the model hub", timeout_s=10) as answer:
-            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
+            # A mirror may know no ranges and send the file from its beginning.
+            skip = first
+            if answer.status == 206:
+                skip = 0
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        hint = ""
+        if exc.code in (401, 403):
+            hint = ": set HF_TOKEN"
         raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
@@ -12168,13 +12547,17 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """
     token = hub_token(env)
 
-    def one(name: str) -> GgufHeader:
-        url, held = hub_url(weights.repo, name, env), bytearray()
+    def part_header(name: str) -> GgufHeader:
+        url = hub_url(weights.repo, name, env)
+        held = bytearray()
 
-        def read(offset: int, count: int) -> bytes:
-            end = offset + count
+        def read(offset: int, wanted: int) -> bytes:
+            end = offset + wanted
             while len(held) < end <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
+                # Each range is as long as all before it, so that a large vocabulary, of which
+                # nobody knows the length, takes five requests.
+                count = max(1 << 20, len(held))
+                more = _fetch_range(url, len(held), count, token)
                 if not more:
                     break
                 held.extend(more)
@@ -12182,13 +12565,15 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
+    further = split_parts(weights.file)[1:]
+    return merge_headers(part_header(weights.file), map(part_header, further))
 
 
 def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
-        return _projector_in(os.path.dirname(model)) if model else ""
+        return _projector_in(os.path.dirname(model))
+    # The project's own file stands for itself.
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -12201,16 +12586,18 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
 
     A draft has a KV cache of its own, as long as the model's.
     """
+    draft = tier.settings.get("draft")
     found: List[int] = []
 
     def count(name: str) -> str:
         path = _further_file(name, model, env)
+        if name != draft:
+            found.append(file_size(path))
+            return name
+        load = load_options(tier, config, machine)
         try:
-            if name == tier.settings.get("draft"):
-                load = load_options(tier, config, machine)
-                found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
-            elif path:
-                found.append(file_size(path))
+            memory = estimate_memory(local_header(path), tier.ctx_size, load)
+            found.append(memory.total)
         except (GgufError, OSError):            # loading says what is wrong with it
             pass
         return name
@@ -12219,12 +12606,13 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
     return sum(found)
 
 
-def _predicts_tokens(path: str) -> bool:
-    """Whether a GGUF has layers for multi-token prediction."""
+def _header_number(path: str, key: str) -> int:
+    """What a GGUF's header says under a key of its architecture; 0 where that cannot be read."""
     try:
-        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
-    except (GgufError, OSError):
-        return False
+        header = local_header(path)
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+    return _quantity(header.keys.get(key))
 
 
 def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
@@ -12239,17 +12627,21 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
 
     def find(name: str) -> str:
         path = _further_file(name, model, env)
-        if not path and name != "auto":
-            repo, _, file = name.partition(":")
-            raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
-                            f"llmstack download {tier.name}")
-        return path
+        # A model without a projector reads no pictures, and all else as well.
+        if path or name == "auto":
+            return path
+        repo, _, file = name.partition(":")
+        raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
+                        f"llmstack download {tier.name}")
 
-    tier = with_files(tier, find)
-    settings = {key: value for key, value in tier.server if value not in ("", ())}
+    settings = {}
+    for key, value in with_files(tier, find).server:
+        if value not in ("", ()):
+            settings[key] = value
     if settings.get("speculative") == "auto" and "draft" not in settings:
         settings["speculative"] = "off"
-        if _predicts_tokens(model):
+        # Layers for multi-token prediction draft without a second model.
+        if _header_number(model, "nextn_predict_layers"):
             settings["speculative"] = "mtp"
     return tier._replace(server=tuple(settings.items()))
 
@@ -12268,15 +12660,20 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
 
     Errors: Unreachable.
     """
-    weights, where, note = weights_for(tier), path or url, ""
-    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    by_size = fit_by_size(tier, config, machine, need_gb)._replace(where=where)
+    weights = weights_for(tier)
+    where = path or url
+    note = ""
+    size_gb = weights.size_gb or file_size(path) / 1e9
+    by_size = fit_by_size(tier, config, machine, footprint_gb(size_gb))
+    by_size = by_size._replace(where=where)
     try:
         if path:
+            header = local_header(path)
             beside = beside_bytes(tier, config, machine, path, env)
-            return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
+            return fit_tier(tier, config, machine, header, "local", path, beside)
         if url:
-            return fit_tier(tier, config, machine, hub_header(weights, env), "hub", url)
+            header = hub_header(weights, env)
+            return fit_tier(tier, config, machine, header, "hub", url)
     except GgufError as exc:
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
@@ -12285,9 +12682,11 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
         raise
     except OSError as exc:
         note = str(exc)
+    # A file that is here and cannot be read may be another than its name says.
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
-        return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
+        by_dimensions = fit_tier(tier, config, machine, known, "dimensions", where)
+        return by_dimensions._replace(note=note)
     return by_size._replace(note=note)
 
 
@@ -12301,66 +12700,56 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
             continue
         weights = weights_for(tier)
         path = cached_model(weights, env)
-        url = note = ""
+        url = ""
+        note = ""
         if hub and weights.repo and not path:
             url = hub_url(weights.repo, weights.file, env)
         try:
             fit = _measure_tier(tier, config, machine, path, url, env)
         except Unreachable as exc:              # no further tier is asked for
-            note, hub = str(exc), False
+            hub = False
+            note = str(exc)
             fit = _measure_tier(tier, config, machine, path, "", env)
         fits.append(fit._replace(note=fit.note or note))
-    caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
-    return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
-
-
-def _trained_for(path: str) -> int:
-    try:
-        return _quantity(local_header(path).keys.get("context_length"))
-    except (GgufError, OSError):                # another command says what is wrong with it
-        return 0
+    # What is left for prompts is known only once all tiers are.
+    with_room = with_caches(config, fits, machine).tiers
+    return [fit._replace(cache_mib=cache_limit_mib(tier, fit))
+            for tier, fit in zip(with_room, fits)]
 
 
 def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
+    Without that `status` of eight models would take a third of a second longer.
     """
     record_path = os.path.join(data, "contexts.json")
-    record = _read_json(record_path)
-    found: Dict[str, int] = {}
-    read: Dict[str, Any] = {}
+    record = before = _read_json(record_path)
+    found = {}
     for tier in local_tiers(config):
         path = cached_model(weights_for(tier), env)
         if not path:
             continue
         status = os.stat(path)
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        known = record.get(path)
-        if not (isinstance(known, list) and known[:1] == [stamp] and len(known) == 2):
-            known = read[path] = [stamp, _trained_for(path)]
-        found[tier.name] = _quantity(known[1])
-    if read:
-        kept = {k: v for k, v in list(record.items())[-60:] if k not in read}
-        try:
-            write_atomic(record_path, json.dumps({**kept, **read}, indent=1))
-        except UserError:                       # it is read again, then
-            pass
+        row = dict_of(record.get(path))
+        if row.get("stamp") != stamp:
+            tokens = _header_number(path, "context_length")
+            row = {"stamp": stamp, "tokens": tokens}
+            record = newest_rows(record, path, row)
+        found[tier.name] = _quantity(row.get("tokens"))
+    if record is before:
+        return found
+    try:
+        write_atomic(record_path, json.dumps(record, indent=1))
+    except UserError:                           # it is read again, then
+        pass
     return found
 
 
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
-MAX_PROBES = 64                                 # measurements that are kept
-
-
-def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
-    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
-    others = [(name, other) for name, other in rows.items() if name != identity]
-    return dict([*others[1 - MAX_PROBES:], (identity, row)])
-
-
 class Drafting(NamedTuple):
     """What a tier has written with drafts and without, of one model, build and set of flags."""
 
@@ -12388,34 +12777,41 @@ class Drafting(NamedTuple):
         """Whether the next load drafts: first with, then without, then what was faster."""
         if self.settled:
             return self.with_per_s > self.without_per_s
+        # A model may be stopped before it has written enough: then the same is tried again.
         return self.with_tokens < DRAFT_TRIAL_TOKENS
 
     def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
         """With one more answer, by its row of the record."""
-        tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
+        tokens = row["output"]
+        ms = round(tokens / row["per_s"] * 1000)
         if not drafts:
             return self._replace(
                 without_tokens=self.without_tokens + tokens,
-                without_ms=self.without_ms + ms)
+                without_ms=self.without_ms + ms,
+            )
         return self._replace(
             with_tokens=self.with_tokens + tokens,
             with_ms=self.with_ms + ms,
             drafted=self.drafted + row.get("drafted", 0),
-            accepted=self.accepted + row.get("accepted", 0))
+            accepted=self.accepted + row.get("accepted", 0),
+        )
 
 
 def drafting_words(found: Drafting, drafts: bool) -> str:
     """What drafting has brought so far, and what runs now."""
-    words = ["drafts" if drafts else "does not draft"]
+    words = ["does not draft"]
+    if drafts:
+        words = ["drafts"]
     if found.drafted:
-        words.append(f"{found.accepted / found.drafted:.0%} of {found.drafted:,} drafted tokens"
-                     " were taken")
+        share = found.accepted / found.drafted
+        words.append(f"{share:.0%} of {found.drafted:,} drafted tokens were taken")
     if found.with_tokens:
         words.append(f"{found.with_per_s:.1f} tok/s with drafts")
     if found.without_tokens:
         words.append(f"{found.without_per_s:.1f} without")
     if found.settled:
         words.append("the faster is kept")
+    # What runs now goes on as it was loaded: only a load can change it.
     elif not found.drafts_next and drafts:
         words.append("its next load goes without, to compare")
     return ", ".join(words)
@@ -12423,14 +12819,17 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
     """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
+    if asked.settings.get("speculative", "auto") != "auto":
+        return False
     settings = ready.settings
-    can = settings.get("speculative") == "mtp" or "draft" in settings
-    return can and asked.settings.get("speculative", "auto") == "auto"
+    return settings.get("speculative") == "mtp" or "draft" in settings
 
 
 def without_drafts(tier: Tier) -> Tier:
-    kept = [(k, v) for k, v in tier.server if k not in ("draft", "speculative")]
-    return tier._replace(server=(*kept, ("speculative", "off")))
+    settings = tier.settings
+    settings.pop("draft", None)
+    settings["speculative"] = "off"
+    return tier._replace(server=tuple(settings.items()))
 
 
 class Drafts:
@@ -12446,7 +12845,9 @@ class Drafts:
     def _found(self, identity: str) -> Drafting:
         """Whoever holds the lock asks."""
         row = self._rows.get(identity)
-        if not isinstance(row, list) or len(row) != len(Drafting._fields):
+        if not isinstance(row, list):
+            return Drafting()
+        if len(row) != len(Drafting._fields):   # of another version
             return Drafting()
         return Drafting(*map(_quantity, row))
 
@@ -12459,15 +12860,19 @@ class Drafts:
                 return ready
             drafts = self._found(identity).drafts_next
             self._running[asked.name] = (identity, drafts)
-        return ready if drafts else without_drafts(ready)
+        if drafts:
+            return ready
+        return without_drafts(ready)
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        is_whole = row["ended"] == "done" and row.get("output")
-        if not is_whole or not row.get("per_s"):
+        # One that was broken off says nothing of how fast its end would have been.
+        is_timed = row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not is_timed:
             return
+        name = row["tier"]
         with self._lock:
-            identity, drafts = self._running.get(row["tier"], ("", False))
+            identity, drafts = self._running.get(name, ("", False))
             found = self._found(identity)
             if not identity or found.settled:
                 return
@@ -12475,7 +12880,8 @@ class Drafts:
             self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
-            self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
+            words = drafting_words(found, found.drafts_next)
+            self._log.info(f"{name}: {words}")
         try:
             write_atomic(self._path, text)
         except UserError as exc:
@@ -12483,9 +12889,11 @@ class Drafts:
 
     def said(self) -> Dict[str, str]:
         """Tier -> what there is to say of its drafting."""
+        words = {}
         with self._lock:
-            return {name: drafting_words(self._found(identity), drafts)
-                    for name, (identity, drafts) in self._running.items()}
+            for name, (identity, drafts) in self._running.items():
+                words[name] = drafting_words(self._found(identity), drafts)
+        return words
 
 
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
@@ -12497,29 +12905,31 @@ def probes_file(data: str) -> str:
 
 def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
-    tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier), env)
     try:
         program = find_llama_server(tier_config(config, tier), env, data)
-        if not (path and program):
+        if not path or not program:
             return ""
         status = os.stat(path)
-        facts = [
-            socket.gethostname(),
-            build_stamp(program),
-            os.path.realpath(path),
-            str(status.st_size),
-            str(status.st_mtime_ns),
-        ]
+        stamp = build_stamp(program)
     except (OSError, UserError):
         return ""
-    flags = [" ".join(flag) for flag in all_flags(tier, config)]
-    return digest_of(*facts, *flags)
+    # These two follow from the memory that is free now, and say nothing of speed.
+    plain = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)
+    return digest_of(
+        socket.gethostname(),                   # a home directory may be of several machines
+        stamp,
+        os.path.realpath(path),                 # in the hub's cache it has the file's hash in it
+        str(status.st_size),
+        str(status.st_mtime_ns),
+        *map(" ".join, all_flags(plain, config)),
+    )
 
 
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
     """Tier -> what `probe` has found, of those for which it holds still."""
     rows = _read_json(probes_file(data))
+    # Without any, no llama-server is looked for.
     if not rows:
         return {}
     found = {}
@@ -12537,10 +12947,12 @@ def true_config(config: Config, places: Places,
     true = with_true_contexts(config, trained)
     for before, after in zip(config.tiers, true.tiers):
         if warn and before != after:
-            at = ini_line(places, before.name, "ctx_size")
-            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+            name = before.name
+            at = ini_line(places, name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data))
+    probes = known_probes(true, os.environ, places.data)
+    return with_probes(true, probes)
 
 
 # ==================================================================================================
@@ -12896,15 +13308,29 @@ MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one 
 _EDGE_BYTES = 64 * 1024
 # Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
 # that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
-_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
-              "--slot-prompt-similarity", "--slot-save-path")
+_NOT_IN_KV = (
+    "--port",
+    "--cache-ram",
+    "--ctx-checkpoints",
+    "--threads",
+    "--slot-prompt-similarity",
+    "--slot-save-path",
+)
+
+# What a request has no more when it is asked again, for one token and with no stream to read.
+_NOT_AGAIN = (
+    "max_completion_tokens",
+    "n_predict",
+    "stream_options",
+)
 
 
-def talk_turns(values: Mapping[str, Any]) -> Any:
+def talk_turns(values: Mapping[str, Any]) -> Union[List[Any], str]:
     """What a request's prompt grows by: a list of messages, or text."""
     for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
+        turns = values.get(key)
+        if isinstance(turns, (list, str)):
+            return turns
     return ""
 
 
@@ -12913,56 +13339,53 @@ def beginning(values: Mapping[str, Any], turns: int) -> str:
     said = talk_turns(values)
     if not turns or len(said) < turns:
         return ""
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    return digest_of(json.dumps([above, said[:turns]]))
+    # A prompt begins with these, wherever the request has them.
+    above = list(map(values.get, ("system", "instructions", "tools")))
+    text = json.dumps([above, said[:turns]])
+    return digest_of(text)
 
 
 class Talk(NamedTuple):
     """A conversation that a loaded model has answered, as it was asked last."""
 
-    target: str
-    body: bytes
-    turns: int                                  # messages, or characters of a plain prompt
-    begins: str                                 # what beginning() says of all these
-    prompt: int                                 # tokens
-    tokens: int                                 # of prompt and answer
     at: float                                   # when, in seconds since 1970
+    target: str = ""
+    body: bytes = b""
+    turns: int = 0                              # messages, or characters of a plain prompt
+    begins: str = ""                            # what beginning() says of all these
+    prompt: int = 0                             # tokens
+    tokens: int = 0                             # of prompt and answer
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
-
-
 class Parked(NamedTuple):
     """A saved slot, as the .json beside its .kv tells it."""
 
-    slot: int
-    tokens: int
-    edges: str                                  # of the .kv, see file_edges
-    turns: int                                  # of the conversation in it, see Talk
-    begins: str
-    prompt: int
-    body_bytes: int                             # of its last request
+    slot: int = 0
+    tokens: int = 0
+    edges: str = ""                             # of the .kv, see file_edges
+    turns: int = 0                              # of the conversation in it, see Talk
+    begins: str = ""
+    prompt: int = 0
+    body_bytes: int = 0                         # of its last request
 
     def goes_on_in(self, values: Mapping[str, Any]) -> bool:
         """Whether a request begins with all of its conversation."""
-        return bool(self.begins) and beginning(values, self.turns) == self.begins
+        if not self.begins:
+            return False
+        return beginning(values, self.turns) == self.begins
 
 
 def parse_parked(row: Mapping[str, Any]) -> Parked:
     """Errors: KeyError, TypeError, ValueError for what is no row of this version."""
-    return Parked(
-        slot=int(row["slot"]),
-        tokens=int(row["tokens"]),
-        edges=str(row["edges"]),
-        turns=int(row["turns"]),
-        begins=str(row["begins"]),
-        prompt=int(row["prompt"]),
-        body_bytes=int(row["body_bytes"]),
-    )
+    values = []
+    for name, usual in Parked()._asdict().items():
+        kind = type(usual)                      # a field's default is of its type
+        values.append(kind(row[name]))
+    return Parked(*values)
 
 
 def parked_dir(data: str) -> str:
@@ -12971,11 +13394,12 @@ def parked_dir(data: str) -> str:
 
 def parking_flags(data: str) -> List[str]:
     """llama-server's; none where the directory cannot be made, for it does not start without."""
+    directory = parked_dir(data)
     try:
-        make_private_dir(parked_dir(data))
+        make_private_dir(directory)
     except OSError:
         return []
-    return ["--slot-save-path", parked_dir(data)]
+    return ["--slot-save-path", directory]
 
 
 def file_edges(path: str) -> str:
@@ -12983,44 +13407,57 @@ def file_edges(path: str) -> str:
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb", opener=_open_at_once) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
         digest.update(file.read(_EDGE_BYTES))
-        file.seek(max(size - _EDGE_BYTES, 0))
+        last = max(status.st_size - _EDGE_BYTES, 0)
+        file.seek(last)
         digest.update(file.read())
-    return f"{size}-{digest.hexdigest()[:16]}"
+    return f"{status.st_size}-{digest.hexdigest()[:16]}"
 
 
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     program = command[:command.index("--host")]
-    settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    changed = str(os.stat(weights).st_mtime_ns)
-    facts = [build_stamp(program), file_edges(weights), changed, *settings]
-    for flag, word in zip(["", *command], command):
-        if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
+    changed = os.stat(weights).st_mtime_ns
+    facts = [
+        build_stamp(program),
+        file_edges(weights),
+        str(changed),
+    ]
+    # llama-server takes each of its flags from the environment, too.
+    for name in sorted(env):
+        if name.startswith("LLAMA_ARG_"):
+            facts.append(f"{name}={env[name]}")
+    before = ""
+    for word in command:
+        if not {before, word}.intersection(_NOT_IN_KV):
             facts.append(word)
+        before = word
     return digest_of(*facts)
 
 
 def parking_notes(data: str) -> Dict[str, str]:
     """Model -> why nothing of it is parked."""
     notes = {}
-    for name in _names_in(parked_dir(data)):
-        if name.endswith(".off"):
-            said = _read_json(os.path.join(parked_dir(data), name))
-            notes[str(said.get("model"))] = f"off: {visible(str(said.get('why')))}"
+    directory = parked_dir(data)
+    for name in _names_in(directory, ".off"):
+        said = _read_json(os.path.join(directory, name))
+        model = str(said.get("model"))
+        why = str(said.get("why"))
+        notes[model] = f"off: {visible(why)}"
     return notes
 
 
 def forget_parked(data: str) -> int:
     """Delete every parked conversation; returns the bytes. Errors: UserError."""
     freed = 0
-    for name in _names_in(parked_dir(data)):
-        path = os.path.join(parked_dir(data), name)
+    directory = parked_dir(data)
+    for name in _names_in(directory):
+        path = os.path.join(directory, name)
         freed += file_size(path)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except FileNotFoundError:               # a daemon has saved it anew, or dropped it
             pass
         except OSError as exc:
             raise path_error("delete", path, exc) from None
@@ -13029,8 +13466,11 @@ def forget_parked(data: str) -> int:
 
 def io_bytes(pid: int, count: str) -> int:
     """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
-    found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
+    for line in read_text(f"/proc/{pid}/io").splitlines():
+        name, _, number = line.partition(": ")
+        if name == count:
+            return int(number)
+    return -1
 
 
 def _changed_s(path: str) -> float:
@@ -13039,6 +13479,27 @@ def _changed_s(path: str) -> float:
         return os.stat(path).st_mtime
     except OSError:
         return 0.0
+
+
+# Prompts of so many tokens on -> the name of the speed at which they are read.
+_READ_NAMES = {
+    0: "read",
+    8_192: "read8192",
+    32_768: "read32768",
+    131_072: "read131072",
+}
+
+
+def _read_names(tokens: int) -> List[str]:
+    """The names of reading speeds, the one for prompts of so many tokens first."""
+    shorter = []
+    longer = []
+    for least, name in _READ_NAMES.items():
+        if least <= tokens:
+            shorter.append(name)
+        else:
+            longer.append(name)
+    return [*reversed(shorter), *longer]
 
 
 class Speeds:
@@ -13050,15 +13511,11 @@ class Speeds:
     such as a daemon and `probe`: what one has written the others take in.
     """
 
-    READ_STEPS = (0, 8_192, 32_768, 131_072)
-    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
-    MOST = 64                                   # models, builds and flags
-
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
         self._lock = threading.Lock()
-        self._rows: Dict[str, Any] = {}
-        self._news: Set[str] = set()            # identities of what is not written yet
+        self._rows: Dict[str, Any] = {}         # those used last are the last
+        self._news: Dict[str, Any] = {}         # of these, what is not written yet
         self._read_s = 0.0                      # when what has been read was written
         self._take_in()
 
@@ -13069,48 +13526,47 @@ class Speeds:
             return
         with self._lock:
             rows = _read_json(self._path)
-            for identity in [name for name in self._rows if name in self._news]:
-                rows.pop(identity, None)        # what is news goes behind all others
-                rows[identity] = self._rows[identity]
-            self._rows, self._read_s = rows, changed_s
+            for identity, row in self._news.items():
+                rows = newest_rows(rows, identity, row)
+            self._rows = rows
+            self._read_s = changed_s
 
     def get(self, identity: str, *names: str) -> float:
         """The first speed known of several names; 0.0 for none."""
         row = dict_of(self._rows.get(identity))
         for name in names:
             found = row.get(name)
-            if found and isinstance(found, (int, float)) and found > 0:
+            if not isinstance(found, (int, float)):
+                continue
+            if found > 0:
                 return float(found)
         return 0.0
 
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
         known = self.get(identity, what) or value
-        learnt = known + (value - known) / 3
+        news = value - known
+        learnt = known + news / 3
         with self._lock:
-            row = dict_of(self._rows.pop(identity, None))
-            self._rows[identity] = {**row, "model": model, what: round(learnt, 2)}
-            self._news.add(identity)
-
-    @classmethod
-    def _read_names(cls, tokens: int) -> List[str]:
-        """The names of reading speeds, the one for prompts of so many tokens first."""
-        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        shorter, longer = cls.READ_NAMES[own::-1], cls.READ_NAMES[own + 1:]
-        return [*shorter, *longer]
+            row = dict_of(self._rows.get(identity))
+            row = {**row, "model": model, what: round(learnt, 2)}
+            self._rows = newest_rows(self._rows, identity, row)
+            self._news = newest_rows(self._news, identity, row)
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        return self.get(identity, *self._read_names(max(tokens, 0)))
+        return self.get(identity, *_read_names(tokens))
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
         read_tokens = counts.prompt - counts.cached
-        if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
-            name = self._read_names(counts.prompt)[0]
-            self.note(identity, model, name, counts.read_per_s)
-        if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
-            self.note(identity, model, "written", counts.written_per_s)
+        per_s = counts.read_per_s
+        if per_s and read_tokens >= LEAST_READ_TOKENS:
+            names = _read_names(counts.prompt)
+            self.note(identity, model, names[0], per_s)
+        per_s = counts.written_per_s
+        if per_s and counts.output >= LEAST_WRITTEN_TOKENS:
+            self.note(identity, model, "written", per_s)
 
     def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
@@ -13125,7 +13581,8 @@ class Speeds:
 
     def model_of(self, identity: str) -> str:
         """The model that an identity was last of, "" where it is not known."""
-        return str(dict_of(self._rows.get(identity)).get("model", ""))
+        row = dict_of(self._rows.get(identity))
+        return str(row.get("model", ""))
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
@@ -13141,19 +13598,15 @@ class Speeds:
         with self._lock:
             if not self._news:
                 return
-            self._news.clear()
-            self._rows = dict(list(self._rows.items())[-self.MOST:])
-            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._news = {}
+            text = json.dumps(self._rows, indent=1)
+            write_atomic(self._path, text)
             self._read_s = _changed_s(self._path)
 
 
-def _stem_parts(name: str) -> Tuple[str, int]:
-    """IDENTITY-N.kv -> (IDENTITY, N)."""
-    stem = name.rpartition(".")[0]
-    identity, _, number = stem.rpartition("-")
-    if not number.isdigit():
-        return identity, -1
-    return identity, int(number)
+def _identity_in(name: str) -> str:
+    """IDENTITY-N.kv -> IDENTITY."""
+    return name.rpartition("-")[0]
 
 
 class Parking:
@@ -13167,13 +13620,14 @@ class Parking:
         self.speeds = Speeds(data)
         self.parks = config.park_gb > 0
         self.every_s = config.park_every_min * 60
-        self._most_bytes, self._after_s = config.park_gb * 1e9, config.park_after_s
-        self._lock = threading.Lock()
+        self._most_bytes = config.park_gb * 1e9
+        self._after_s = config.park_after_s
+        self._lock = threading.Lock()           # of the room there is
         if self.parks:
             make_private_dir(self.directory)
-        for name in _names_in(self.directory):  # half a save, of a daemon that was killed
-            if name.endswith(".tmp"):
-                _remove(self.path(name))
+        # Half a save, of a daemon that was killed.
+        for name in _names_in(self.directory, ".tmp"):
+            _remove(self.path(name))
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -13184,7 +13638,10 @@ class Parking:
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
         per_s = self.speeds.reading(identity, tokens)
-        return self.parks and per_s > 0 and tokens / per_s > self._after_s
+        if not self.parks or not per_s:
+            return False
+        again_s = tokens / per_s
+        return again_s > self._after_s
 
     # ---- files
 
@@ -13192,16 +13649,22 @@ class Parking:
         return os.path.exists(self.path(identity + ".off"))
 
     def turn_off(self, identity: str, model: str, why: str) -> None:
-        write_atomic(self.path(identity + ".off"), json.dumps({"model": model, "why": why}))
+        """Park nothing more under an identity, and drop what is there. Errors: UserError."""
+        row = {
+            "model": model,
+            "why": why,
+        }
+        write_atomic(self.path(identity + ".off"), json.dumps(row))
         for parked in self.saved(identity):
             self.drop(identity, parked.slot)
 
     def try_again(self, identity: str, model: str) -> None:
         """What was said of another build of llama.cpp, or other weights, holds no longer."""
-        for name in _names_in(self.directory):
+        own = identity + ".off"
+        for name in _names_in(self.directory, ".off"):
             path = self.path(name)
-            other = name.endswith(".off") and name != identity + ".off"
-            if other and _read_json(path).get("model") == model:
+            said = _read_json(path)
+            if name != own and said.get("model") == model:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
@@ -13211,48 +13674,61 @@ class Parking:
         from those that are under way.
         """
         found = []
-        for name in _names_in(self.directory):
-            if not name.endswith(".json") or _stem_parts(name)[0] != identity:
+        for name in _names_in(self.directory, ".json"):
+            if _identity_in(name) != identity:
                 continue
+            path = self.path(name)
             try:
-                found.append(parse_parked(_read_json(self.path(name))))
+                found.append(parse_parked(_read_json(path)))
             except (KeyError, TypeError, ValueError):           # of another version
-                _remove(self.path(name))
-        found.sort(key=lambda parked: parked.tokens, reverse=True)
-        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
+                _remove(path)
+
+        def age(parked: Parked) -> Tuple[float, int]:
+            return self.used(identity, parked.slot), parked.tokens
+
+        return sorted(found, key=age, reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
         """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
-        for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
+        names = _names_in(self.directory, ".json")
+        for identity in set(map(_identity_in, names)):
             for parked in self.saved(identity):
+                path = self.slot_path(identity, parked.slot)
                 rows.append({
                     "tier": self.speeds.model_of(identity),
                     "tokens": parked.tokens,
                     "turns": parked.turns,
-                    "bytes": file_size(self.slot_path(identity, parked.slot)),
-                    "used": round(self.used(identity, parked.slot)),
+                    "bytes": file_size(path),
+                    "used": round(_changed_s(path)),
                 })
         return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
+        """Whether its file has the beginning and the end that it was kept with."""
         try:
-            return file_edges(self.slot_path(identity, parked.slot)) == parked.edges
+            edges = file_edges(self.slot_path(identity, parked.slot))
         except OSError:
             return False
+        return edges == parked.edges
 
     def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
         """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
-        stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
         os.utime(temporary, (used, used))
-        write_atomic(stem + ".json", json.dumps(parked._asdict()))
+        stem = self.path(f"{identity}-{parked.slot}")
+        row = json.dumps(parked._asdict())
+        # This one first: a .kv of which nothing is known is never restored.
+        write_atomic(stem + ".json", row)
         replace_file(temporary, stem + ".kv")
         self.make_room()
 
+    def _drop_stem(self, stem: str) -> None:
+        _remove(self.path(stem + ".kv"))
+        _remove(self.path(stem + ".json"))
+
     def drop(self, identity: str, slot: int) -> None:
-        for end in (".kv", ".json"):
-            _remove(self.path(f"{identity}-{slot}{end}"))
+        self._drop_stem(f"{identity}-{slot}")
 
     def used(self, identity: str, slot: int) -> float:
         """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
@@ -13263,19 +13739,21 @@ class Parking:
         import shutil
         with self._lock:
             files = []
-            for name in _names_in(self.directory):
-                if name.endswith(".kv"):
-                    status = os.stat(self.path(name))
-                    files.append((status.st_mtime_ns, name, status.st_size))
-            total = sum(size for _, _, size in files)
-            free = shutil.disk_usage(self.directory).free
-            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            total = 0
+            for name in _names_in(self.directory, ".kv"):
+                status = os.stat(self.path(name))
+                size = status.st_size
+                files.append((status.st_mtime_ns, name, size))
+                total += size
+            # What is parked already may be dropped for it, so its bytes count as free.
+            free = shutil.disk_usage(self.directory).free + total
+            room = min(self._most_bytes, free - PARKED_LEAST_FREE_BYTES)
             if more_bytes > room:
                 return False
             for _, name, size in sorted(files):                 # the longest unused first
                 if total + more_bytes <= room:
                     break
-                self.drop(*_stem_parts(name))
+                self._drop_stem(name[:-len(".kv")])
                 total -= size
         return True
 
@@ -13289,14 +13767,14 @@ def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
         return None
 
 
-def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
+def model_pace(parking: Parking, identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
-    if parking is None or not identity:
-        return Pace()
-    per_s = parking.speeds.reading(identity, tokens)
-    load_s = parking.speeds.load_s(identity)
-    keeps = parking.worth(identity, tokens) and not parking.off(identity)
-    return Pace(per_s, load_s, False, keeps)
+    is_worth = parking.worth(identity, tokens)
+    return Pace(
+        read_per_s=parking.speeds.reading(identity, tokens),
+        load_s=parking.speeds.load_s(identity),
+        keeps=is_worth and not parking.off(identity),
+    )
 
 
 class Slot(NamedTuple):
@@ -13311,7 +13789,8 @@ class Numbers:
     """Under which number a slot is saved, and so into which slot it comes back."""
 
     def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
-        self._slots, self._saved = slots, saved
+        self._slots = slots
+        self._saved = saved                     # the last used first
         self.used: List[int] = []               # in this round
 
     def left(self) -> List[int]:
@@ -13323,18 +13802,19 @@ class Numbers:
         The file of its slot may hold another conversation, which was restored there and has left
         for the host's cache as this one was asked.
         """
-        values, left = parse_json_object(talk.body), self.left()
+        values = parse_json_object(talk.body)
+        left = self.left()
         kept = [parked for parked in self._saved if parked.slot in left]
         for parked in kept:
             if parked.goes_on_in(values):
                 return parked.slot
-        taken = {parked.slot for parked in kept}
+        taken = [parked.slot for parked in kept]
         empty = [number for number in left if number not in taken]
         if slot in empty or not left:
             return slot
         if empty:
             return empty[0]
-        return kept[-1].slot
+        return taken[-1]
 
 
 class Bay:
@@ -13342,53 +13822,76 @@ class Bay:
 
     def __init__(self, parking: Parking, tier: Tier, identity: str, upstream: Upstream,
                  log: Log) -> None:
-        self._parking, self._log = parking, log
-        self._name, self._context = tier.name, tier.ctx_size
-        self.identity, self._upstream = identity, upstream
+        self._parking = parking
+        self._speeds = parking.speeds
+        self._name = tier.name
+        self._context = tier.ctx_size
+        self.identity = identity
+        self._upstream = upstream
+        self._log = log
         self.parks = parking.parks              # its server may know nothing of it
         self.tokens = 0                         # of the last answer, with its prompt
-        self._talks: List[Talk] = []
+        self._lock = threading.Lock()           # of the three below
+        self._talks: List[Talk] = []            # the one asked last is the last
         self._restored: List[Parked] = []       # until the first answer has proved it
         self._asked = 0                         # requests
-        self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
         self._saved_at = self._answered_at = time.monotonic()
 
+    def _warn(self, words: str) -> None:
+        self._log.warning(f"{self._name}: {words}")
+
+    def _learn(self, what: str, value: float) -> None:
+        self._speeds.note(self.identity, self._name, what, value)
+
+    def _is_worth(self, tokens: int) -> bool:
+        return self._parking.worth(self.identity, tokens)
+
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        return not any(slot.tokens or slot.is_busy for slot in self._slots())
+        slots = self._slots()
+        return not any(slot.tokens or slot.is_busy for slot in slots)
+
+    def _restore_file(self, parked: Parked) -> int:
+        """The status with which a parked conversation is restored; 0 for no answer."""
+        name = f"{self.identity}-{parked.slot}.kv"
+        try:
+            status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
+        except (OSError, ValueError):
+            return 0
+        return status
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
-        parking, identity = self._parking, self.identity
+        parking = self._parking
+        identity = self.identity
         parking.try_again(identity, self._name)
-        left, began = self._context, time.monotonic()
+        began = time.monotonic()
+        tokens = 0
         for parked in parking.saved(identity):
             if not parking.intact(identity, parked):
                 parking.drop(identity, parked.slot)
                 continue
-            if parked.tokens > left:            # it would throw out one that is back already
+            # It would throw out one that is back already.
+            if tokens + parked.tokens > self._context:
                 continue
-            status, name = 0, f"{identity}-{parked.slot}.kv"
-            try:
-                status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
-            except (OSError, ValueError):
-                pass
-            if status != 200:
-                self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
-                                  f" is answered {status or 'not at all'}")
-                parking.drop(identity, parked.slot)
-            if not status:
-                return False
+            status = self._restore_file(parked)
             if status == 200:
                 self._restored.append(parked)
-                left -= parked.tokens
-        if self._restored:
-            tokens = sum(parked.tokens for parked in self._restored)
+                tokens += parked.tokens
+                continue
+            self._warn("a parked conversation is dropped, its restore is answered"
+                       f" {status or 'not at all'}")
+            parking.drop(identity, parked.slot)
+            if not status:
+                return False
+        count = len(self._restored)
+        if count:
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "restored", tokens / max(took_s, 1e-3))
-            self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
-                           f" conversations in {took_s:.2f} s")
+            per_s = tokens / max(took_s, 1e-3)
+            self._learn("restored", per_s)
+            self._log.info(f"{self._name}: restored {tokens:,} tokens of {count} conversations"
+                           f" in {took_s:.2f} s")
         return True
 
     def wants(self, body_bytes: int) -> bool:
@@ -13397,9 +13900,12 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+        # What is not known yet this request may teach.
+        is_known = self._speeds.reading(self.identity, 0)
+        if self._restored or not is_known:
             return True
-        return self._parking.worth(self.identity, body_bytes // 2)
+        most_tokens = body_bytes // 2
+        return self._is_worth(most_tokens)
 
     def make_findable(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13409,62 +13915,68 @@ class Bay:
         there only as a task begins: one of a single token, here.
         """
         with self._lock:
-            restored = self._restored if self._asked == 1 else []
-        values = parse_json_object(body) if restored else {}
-        found = [parked for parked in restored if parked.goes_on_in(values)]
-        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            if self._asked > 1:
+                return
+            restored = self._restored
+        least_bytes = SURE_SIMILARITY * len(body)
+        short = [parked for parked in restored if parked.body_bytes < least_bytes]
+        values = parse_json_object(body)
+        wanted = [parked for parked in short if parked.goes_on_in(values)]
+        if not wanted:
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
             self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
         except (OSError, ValueError) as exc:
-            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+            self._warn(f"what was restored may be read again: {exc}")
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
-        parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
-        parking.speeds.note_answer(identity, self._name, counts)
-        tokens = self.tokens = counts.prompt + counts.output
+        self._speeds.note_answer(self.identity, self._name, counts)
+        self.tokens = counts.prompt + counts.output
         with self._lock:
-            restored, self._restored = self._restored, []
+            restored = self._restored
+            self._restored = []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
-            return
-        is_worth = parking.worth(identity, counts.prompt)
-        if not (is_worth or restored):
+        if not body:                            # wants() has told that there is no use in it
             return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if not turns or not is_worth:
+        if not turns or not self._is_worth(counts.prompt):
             return
         talk = Talk(
+            at=time.time(),
             target=target,
             body=body,
             turns=turns,
             begins=beginning(values, turns),
             prompt=counts.prompt,
-            tokens=tokens,
-            at=time.time(),
+            tokens=self.tokens,
         )
         with self._lock:
-            others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
-            self._talks = [*others, talk][-MAX_TALKS:]
+            # What a conversation was before is the beginning of what it is now.
+            talks = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+            talks.append(talk)
+            self._talks = talks[-MAX_TALKS:]
 
     def _prove(self, restored: Iterable[Parked], values: Mapping[str, Any],
                counts: Counts) -> None:
         """Park nothing more of a model that reads again what was restored for this request."""
         for parked in restored:
-            is_used = counts.cached >= parked.prompt // 10
+            least = parked.prompt // 10
+            is_used = counts.cached >= least
             # A slot that holds less is found through the host's cache alone, if that had room.
             is_found = parked.tokens > SLOT_SIMILARITY * counts.prompt
-            if is_used or not is_found or not parked.goes_on_in(values):
+            if is_used or not is_found:
+                continue
+            if not parked.goes_on_in(values):
                 continue
             why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
                    " of llama.cpp")
-            self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+            self._warn(f"nothing is parked any more: {why}")
             try:
                 self._parking.turn_off(self.identity, self._name, why)
             except UserError as exc:
@@ -13472,25 +13984,26 @@ class Bay:
 
     def pace(self, tokens: int) -> Pace:
         """What is known of the model with a prompt of so many tokens, now that it is loaded."""
-        return model_pace(self._parking, self.identity, tokens)._replace(loaded=True)
+        cold = model_pace(self._parking, self.identity, tokens)
+        return cold._replace(loaded=True)
 
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
-        speeds = self._parking.speeds
-        per_s = speeds.reading(self.identity, self.tokens)
-        if self.parks and self._parking.worth(self.identity, self.tokens):
-            per_s = speeds.get(self.identity, "restored") or SAVED_PER_S
+        per_s = self._speeds.reading(self.identity, self.tokens)
+        if self.parks and self._is_worth(self.tokens):
+            per_s = self._speeds.get(self.identity, "restored") or SAVED_PER_S
         if not per_s:
             return 0.0
         return self.tokens / per_s
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
-        if not self.parks:
-            return
-        now, every_s = time.monotonic(), self._parking.every_s
         has_news = self._answered_at > self._saved_at
-        if has_news and 0 < every_s < now - self._saved_at:
+        if not self.parks or not has_news:
+            return
+        now = time.monotonic()
+        waited_s = now - self._saved_at
+        if 0 < self._parking.every_s < waited_s:
             self._saved_at = now
             in_background(f"park {self._name}", self.save, False)
 
@@ -13502,11 +14015,12 @@ class Bay:
         # One at a time: a save in use and the one at the end would write the same files.
         with self._saving:
             try:
-                if self.parks and not self._parking.off(self.identity):
+                is_off = self._parking.off(self.identity)
+                if self.parks and not is_off:
                     self._save_all(ending)
-                self._parking.speeds.keep()
+                self._speeds.keep()
             except (OSError, ValueError, UserError) as exc:
-                self._log.warning(f"{self._name}: not parked: {exc}")
+                self._warn(f"not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
         began = time.monotonic()
@@ -13517,27 +14031,33 @@ class Bay:
         saved = self._parking.saved(self.identity)
         numbers = Numbers([slot.number for slot in slots], saved)
         elsewhere = self._save_held(slots, numbers, ending, end)
-        if ending and not any(slot.is_busy for slot in slots):
+        # To bring one out of the cache takes a slot, which nobody else may be using.
+        is_busy = any(slot.is_busy for slot in slots)
+        if ending and not is_busy:
             self._save_cached(elsewhere, numbers, end)
-        if numbers.used:
-            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {time.monotonic() - began:.2f} s")
+        count = len(numbers.used)
+        if count:
+            took_s = time.monotonic() - began
+            self._log.info(f"{self._name}: parked {count} conversations in {took_s:.2f} s")
 
     def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
                    end: float) -> List[Talk]:
         """Save what the slots hold; the conversations that none of them holds."""
-        per_s = self._parking.speeds.get(self.identity, "saved") or SAVED_PER_S
-        unknown = NO_TALK._replace(at=time.time())
+        per_s = self._speeds.get(self.identity, "saved") or SAVED_PER_S
+        unknown = Talk(time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot in slots:
-            talk = next((talk for talk in talks if talk.is_in(slot.tokens)), unknown)
-            talks = [other for other in talks if other is not talk]
+            talk = unknown
+            held = [talk for talk in talks if talk.is_in(slot.tokens)]
+            if held:
+                talk = held[0]
+                talks.remove(talk)
             is_quick = slot.tokens / per_s < 1
             if slot.is_busy or not (ending or is_quick):
                 continue
-            if self._parking.worth(self.identity, slot.tokens):
-                self._save_slot(slot.number, slot.tokens, talk, numbers, end)
+            if self._is_worth(slot.tokens):
+                self._save_slot(slot, talk, numbers, end)
         return talks
 
     def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
@@ -13549,50 +14069,60 @@ class Bay:
             if not numbers.left():
                 break
             slot = self._pull(talk, end)
-            if slot < 0:
+            if slot is None:
                 break
-            self._save_slot(slot, talk.prompt, talk, numbers, end)
+            self._save_slot(slot, talk, numbers, end)
 
     def _slots(self) -> List[Slot]:
         """The slots of its server, the longest first. Errors: OSError, ValueError."""
-        rows = json.loads(self._upstream.get("/slots", 2.0)[1])
+        _, said = self._upstream.get("/slots", 2.0)
+        rows = json.loads(said)
         if not isinstance(rows, list):
             raise ValueError("llama-server tells nothing of its slots")
         found = []
-        for row in rows:
-            if isinstance(row, dict) and isinstance(row.get("id"), int):
+        for row in map(dict_of, rows):
+            number = row.get("id")
+            if isinstance(number, int):
                 tokens = _quantity(row.get("n_prompt_tokens"))
-                found.append(Slot(row["id"], tokens, row.get("is_processing") is True))
+                found.append(Slot(
+                    number=number,
+                    tokens=tokens,
+                    is_busy=row.get("is_processing") is True,
+                ))
         return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
                   timeout_s: float) -> Tuple[int, Dict[str, Any]]:
         """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
-        path = f"/slots/{slot}?action={action}"
         body = json.dumps({"filename": name}).encode()
+        path = f"/slots/{slot}?action={action}"
         response, said = self._upstream.get(path, timeout_s, "POST", body=body)
         return response.status, parse_json_object(said)
 
-    def _save_slot(self, slot: int, tokens: int, talk: Talk, numbers: Numbers,
-                   end: float) -> None:
+    def _save_slot(self, slot: Slot, talk: Talk, numbers: Numbers, end: float) -> None:
         """Save a slot under a number that is left.
 
         It may take as long as reading it again would, no longer.
         """
-        parking, identity = self._parking, self.identity
-        number = numbers.choose(slot, talk)
+        parking = self._parking
+        identity = self.identity
+        number = numbers.choose(slot.number, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        again_s = tokens / (parking.speeds.reading(identity, tokens) or 1.0)
-        timeout_s = max(min(again_s, end - began), 0.1)
+        tokens = slot.tokens
+        per_s = self._speeds.reading(identity, tokens) or 1.0
+        timeout_s = min(tokens / per_s, end - began)
+        timeout_s = max(timeout_s, 0.1)
+        bytes_each = self._speeds.get(identity, "bytes")
         try:
-            if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
+            if not parking.make_room(tokens * bytes_each):
                 return
-            saved = self._write_slot(slot, name, timeout_s)
+            saved = self._write_slot(slot.number, name, timeout_s)
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
-            parking.speeds.note(identity, self._name, "saved", saved / took_s)
+            size = file_size(temporary)
+            self._learn("bytes", size / saved)
+            self._learn("saved", saved / took_s)
             self._drop_older(number, talk)
             parked = Parked(
                 slot=number,
@@ -13606,7 +14136,7 @@ class Bay:
             parking.keep(identity, parked, temporary, talk.at)
             numbers.used.append(number)
         except (OSError, ValueError, UserError) as exc:
-            self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
+            self._warn(f"a conversation is not parked: {exc}")
         finally:
             _remove(temporary)
 
@@ -13616,10 +14146,11 @@ class Bay:
         Errors: OSError, ValueError where it does not come out whole.
         """
         status, said = self._ask_slot(slot, "save", name, timeout_s)
-        size = file_size(self._parking.path(name))
         saved = _quantity(said.get("n_saved"))
-        is_whole = status == 200 and size == said.get("n_written")
-        if not is_whole or not saved:
+        size = file_size(self._parking.path(name))
+        # On a full disk llama-server may say 200 and have written less.
+        is_whole = size == said.get("n_written")
+        if status != 200 or not is_whole or not saved:
             raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
         return saved
 
@@ -13627,30 +14158,34 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            if parked.goes_on_in(values) and parked.slot != number:
+            if parked.slot == number:
+                continue
+            if parked.goes_on_in(values):
                 self._parking.drop(self.identity, parked.slot)
 
-    def _pull(self, talk: Talk, end: float) -> int:
-        """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
-        # Its last request, asked again for one token and with no stream to read.
+    def _pull(self, talk: Talk, end: float) -> Optional[Slot]:
+        """Bring a conversation from the host's cache into a slot; None where it is not there."""
         values = parse_json_object(talk.body)
-        for name in ("max_completion_tokens", "n_predict", "stream_options"):
+        for name in _NOT_AGAIN:
             values.pop(name, None)
         limit = "max_tokens"
         if "/responses" in talk.target:
             limit = "max_output_tokens"
-        values.update({limit: 1, "stream": False})
+        values[limit] = 1
+        values["stream"] = False
         body = json.dumps(values).encode()
-        timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
+        left_s = end - time.monotonic()
+        left_s = max(left_s, 0.1)
+        timeout_s = min(PULL_S, left_s)
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
-            return -1
+            return None
         asked = talk._replace(tokens=talk.prompt + 1)
         for slot in self._slots():
             if not slot.is_busy and asked.is_in(slot.tokens):
-                return slot.number
-        return -1
+                return slot._replace(tokens=talk.prompt)
+        return None
 
 
 # ==================================================================================================
@@ -13670,8 +14205,8 @@ class Bay:
 # listener's loop unloads once a second what was idle for its ttl; MemoryWatch has a thread, and
 # unloads what is idle while memory is short.
 #
-# One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
-# No server is asked and no process waited for under it. While a model is "starting" or "stopping"
+# One lock, Engine._lock, guards the models and the queue; who waits for either waits on _changed,
+# its condition. No server is asked and no process waited for under it. While a model is "starting" or "stopping"
 # its process belongs to that thread: others may only set `cancelled`.
 
 
@@ -13679,7 +14214,8 @@ class Model:
     """One tier's llama-server. All fields belong to the engine's lock."""
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
-        self.tier, self.gb = tier, gb
+        self.tier = tier
+        self.gb = gb
         self.needs: Needs = (gb,)               # of each memory
         self.memory: Optional[Memory] = None    # what that is made of, where its header is known
         self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
@@ -13697,7 +14233,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.loads = self.evictions = 0
+        self.loads = 0
+        self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
@@ -13711,18 +14248,22 @@ class Model:
         return self.state == "ready" and not self.in_flight
 
     def turn_to(self, state: str) -> None:
-        self.state, self.since = state, time.monotonic()
+        self.state = state
+        self.since = time.monotonic()
 
 
 def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     """The model of a local tier: it takes what was measured, else what its file's size says."""
     if fit is None:
         weights = weights_for(tier)
-        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
+        size_gb = weights.size_gb or file_size(weights.path) / 1e9
+        return Model(tier, footprint_gb(size_gb))
     model = Model(tier, fit.need_gb)
-    model.needs, model.memory = fit.needs, fit.memory
-    if fit.memory is not None:
-        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+    model.needs = fit.needs
+    memory = fit.memory
+    if memory is not None:
+        model.memory = memory
+        model.cost = tier_cost(tier, memory.weights / 1e9)
     return model
 
 
@@ -13746,11 +14287,13 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    if not is_copied:
+        return 0.0
     read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
-    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
-        return 0.0
-    return read_bytes / size_bytes
+    if OWN_READ_BYTES < read_bytes < size_bytes:
+        return read_bytes / size_bytes
+    return 0.0
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -13815,22 +14358,22 @@ class Engine:
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
         self.config = config
         self._command = command
-        self._log, self._log_path = log, log_path
-        self._env = dict(plan.env)
-        self._local_env = without_credentials(plan.env)
-        self._first_port = plan.first_port
+        self._log = log
+        self._log_path = log_path
+        self._plan = plan
         self._parking = plan.parking
-        self._budget_gb = plan.budget_gb
+        # Servers of models on this machine ask no provider.
+        self._local_env = without_credentials(plan.env)
         self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
         fits = {fit.name: fit for fit in plan.fits}
-        needs = {name: fit.needs for name, fit in fits.items()}
+        needs = {fit.name: fit.needs for fit in plan.fits}
         self._sets = residency_sets(config, needs or None, self._budgets_gb)
-        self.models: Dict[str, Model] = {}
-        for tier in local_tiers(config):
-            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
-        self._proxy: Optional[Model] = None
+        models = [_model_of(tier, fits.get(tier.name)) for tier in local_tiers(config)]
         if plan.proxy:
-            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+            models.append(Model(plan.proxy.tier, 0.0, plan.proxy))
+        self.models = {model.name: model for model in models}
+        # Aliases, too: all that clients ask for.
+        self._by_name = {name: model for model in models for name in model.tier.names}
         self._lock = threading.RLock()          # of all models and of what follows
         self._changed = threading.Condition(self._lock)
         self._tickets: List[Ticket] = []        # who waits, the longest first
@@ -13839,14 +14382,7 @@ class Engine:
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
     def find(self, name: str) -> Optional[Model]:
-        if name in self.models:
-            return self.models[name]
-        if self._proxy and name in self._proxy.tier.aliases:
-            return self._proxy
-        tier = self.config.by_name(name)
-        if tier is None:
-            return None
-        return self.models.get(tier.name)
+        return self._by_name.get(name)
 
     # ---- for requests
 
@@ -13899,12 +14435,12 @@ class Engine:
             self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.wait(seconds)
 
     def stage(self, ticket: Ticket) -> str:
         """What a ticket waits for, in words."""
-        with self._changed:
+        with self._lock:
             model, name = ticket.model, ticket.model.name
             if model.state == "starting":
                 return self._loading_stage(model)
@@ -13917,25 +14453,32 @@ class Engine:
 
     def _loading_stage(self, model: Model) -> str:
         """How far the load of a model is. Whoever holds the lock asks."""
+        name = model.name
         leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        # Whoever has to go is gone before the server is started.
         if leaving and model.process is None:
-            return f"unloading {', '.join(leaving)} to load {model.name}"
-        doing = "downloading" if self._is_downloading(model) else "loading"
-        return f"{doing} {model.name}{percent_words(self._loaded(model))}"
+            names = ", ".join(leaving)
+            return f"unloading {names} to load {name}"
+        doing = "loading"
+        if self._is_downloading(model):
+            doing = "downloading"
+        share = self._loaded(model)
+        return f"{doing} {name}{percent_words(share)}"
 
     def _is_downloading(self, model: Model) -> bool:
         """Whether a starting model's server fetches it first; it does not listen before."""
-        return not (model.listening or self._is_here(model))
+        return not model.listening and not self._is_here(model)
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load, or download, that is done; 0.0 where that is not known."""
-        if model.proxy or model.process is None:
+        process = model.process
+        if model.proxy or process is None:
             return 0.0
         weights = weights_for(model.tier)
         if self._is_downloading(model):
             return downloaded_share(weights, self._local_env)
-        parts = local_parts(weights, self._local_env)
-        return read_share(model.process.pid, model.command, parts)
+        paths = local_parts(weights, self._local_env)
+        return read_share(process.pid, model.command, paths)
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
@@ -13946,9 +14489,11 @@ class Engine:
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
-        if model.proxy:
-            return True
-        return bool(cached_model(weights_for(model.tier), self._local_env))
+        return bool(model.proxy or self._cached(model))
+
+    def _cached(self, model: Model) -> str:
+        """The first file of a model, "" where not all of it is on this disk."""
+        return cached_model(weights_for(model.tier), self._local_env)
 
     def _queue(self, ticket: Ticket) -> None:
         if ticket not in self._tickets:
@@ -13961,13 +14506,13 @@ class Engine:
 
     def enqueue(self, model: Model) -> Ticket:
         """A ticket that queues before its model has been looked at."""
-        with self._changed:
+        with self._lock:
             ticket = Ticket(self, model)
             self._queue(ticket)
             return ticket
 
     def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
@@ -13980,60 +14525,83 @@ class Engine:
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
         name = ticket.model.name
-        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
-        waiting = [other for other in self._tickets if name in other.blocked_by]
-        return any(other.since < fair_since for other in waiting)
+        fair_since = time.monotonic() - FAIR_WAIT_S
+        # A ticket that is older than theirs was here first.
+        fair_since = min(fair_since, ticket.since)
+        since = [other.since for other in self._tickets if name in other.blocked_by]
+        return min(since, default=fair_since) < fair_since
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
 
         Errors: LoadError.
         """
-        model = ticket.model
-        if model.proxy:
+        if ticket.model.proxy:
             return []
-        others = [m for m in self.models.values() if m is not model and not m.proxy]
-        leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
-        running = [m for m in others if m.state in ("starting", "ready")]
+        leaving: Set[str] = set()
+        running: List[Model] = []
+        for model in self.models.values():
+            # LiteLLM's proxy takes no memory that counts.
+            if model.proxy or model.state == "stopped":
+                continue
+            if model.state == "stopping":
+                leaving.add(model.name)
+            else:
+                running.append(model)
         busy = self._busy_names(ticket, running)
-        victims = self._victims(model, running, busy)
-        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        victims = self._victims(ticket.model, running, busy)
+        # What is leaving makes room as it is: whether that is enough is known once it is gone.
+        ticket.blocked_by = leaving | busy.intersection(victims)
         if ticket.blocked_by:
             return None
         return [self.models[name] for name in victims]
 
     def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
         """What may not be stopped for a ticket now."""
+        busy = {m.name for m in running if not m.is_idle}
         # Who has waited longer for a model that runs is to find it loaded.
-        ahead = self._tickets[:self._tickets.index(ticket)]
-        wanted = {other.model.name for other in ahead}
-        return {m.name for m in running if not m.is_idle or m.name in wanted}
+        for other in self._tickets:
+            if other is ticket:
+                break
+            busy.add(other.model.name)
+        return busy
 
     def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
         """What has to go before a model can load, busy or not. Errors: LoadError."""
         limits_gb = self._limits_gb(model, running)
         costs = {m.name: self._keeping_cost(m) for m in running}
+
+        def reluctance(other: Model) -> Tuple[bool, float, float]:
+            return other.name in busy, costs[other.name], other.last_used
+
         # Idle ones first, of these the cheapest to bring back.
-        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in order]
+        order = sorted(running, key=reluctance)
+        needs = {m.name: m.needs for m in order}
+        names = list(needs)
         victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [m for m in order if m.name not in victims]
-        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
-            victims.append(staying.pop(0).name)
+        for name in victims:
+            del needs[name]
+        while not fits_together([model.needs, *needs.values()], limits_gb):
+            name = next(iter(needs))
+            del needs[name]
+            victims.append(name)
         return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
         """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        budgets_gb = self._budgets_gb
+        alone = [model.needs]
         words = f"{model.name} needs about {gb_words(model.needs)}"
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
-                            " models.ini)")
+        if not fits_together(alone, budgets_gb):
+            budget = gb_words(budgets_gb)
+            raise LoadError(f"{words} and the budget is {budget} (memory_gb in models.ini)")
         if not self.pressure:
-            return self._budgets_gb
+            return budgets_gb
         # While memory is short, no more than is held now.
-        nothing = (0.0,) * len(self._budgets_gb)
-        held_gb = needs_together([nothing, *(m.needs for m in running)])
-        if not fits_together([model.needs], held_gb):
+        nothing = (0.0,) * len(budgets_gb)
+        held = [m.needs for m in running]
+        held_gb = needs_together([nothing, *held])
+        if not fits_together(alone, held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
 
@@ -14041,7 +14609,8 @@ class Engine:
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
         model.turn_to("starting")
-        model.cancelled = model.listening = False
+        model.cancelled = False
+        model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
         in_background(f"load {model.name}", self._load, model, victims)
@@ -14058,14 +14627,15 @@ class Engine:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._log.error(str(exc))
-            self._give_up(model, str(exc))
+            why = str(exc)
+            self._log.error(why)
+            self._give_up(model, why)
         except Exception:
             import traceback
             self._log.error(traceback.format_exc())
             self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def _bring_up(self, model: Model) -> None:
@@ -14075,53 +14645,59 @@ class Engine:
         load_s = time.monotonic() - began
         while not self._restore(model):
             self._start(model)
-        self._note_load(model, load_s)
+        if self._parking is not None and model.bay is not None:
+            speeds = self._parking.speeds
+            path = self._cached(model)
+            pid = model.process.pid
+            speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
-        with self._changed:
+        with self._lock:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
-            took_s = time.monotonic() - model.since
+            asked = model.since
             model.turn_to("ready")
             model.loads += 1
-            model.last_used = time.monotonic()
+            model.last_used = model.since
+            took_s = model.since - asked
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
-
-    def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took."""
-        if self._parking is None or model.bay is None:
-            return
-        weights = cached_model(weights_for(model.tier), self._local_env)
-        model.identity = model.bay.identity
-        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
-                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
+        parking = self._parking
         model = self.models.get(name)
-        if model is None or self._parking is None:
+        if model is None or parking is None:
             return Pace()
         bay = model.bay
+        # A bay that is being emptied tells nothing any more.
         if bay is not None and model.state == "ready":
             return bay.pace(tokens)
-        identity = model.identity or self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        # Of a model that this engine has not loaded yet, an earlier one may have learnt.
+        identity = model.identity
+        if not identity:
+            identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(model.cost)
+        back_s = 0.0
         if self._parking is not None and model.identity:
-            back_s = self._parking.speeds.load_s(model.identity) or back_s
+            speeds = self._parking.speeds
+            back_s = speeds.load_s(model.identity)
+        # Before a load has been seen, a guess by its size.
+        if not back_s:
+            back_s = model.cost
         if model.bay is not None:
             back_s += model.bay.back_s()
-        idle_s = time.monotonic() - model.last_used
-        return back_s / (1 + idle_s / 60)
+        idle_minutes = (time.monotonic() - model.last_used) / 60
+        return back_s / (1 + idle_minutes)
 
     def _give_up(self, model: Model, why: str) -> None:
-        with self._changed:
-            model.failure, model.failed_at = why, time.monotonic()
+        with self._lock:
+            model.failure = why
+            model.failed_at = time.monotonic()
         self._stop(model)
 
     def _start(self, model: Model) -> None:
@@ -14129,35 +14705,44 @@ class Engine:
 
         Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
-        log = self._log_path(model.name)
+        name = model.name
+        log = self._log_path(name)
+        # Only now, while nobody writes to it.
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
         path = weights_for(model.tier).path
         if path and not os.path.exists(path):
-            raise LoadError(f"{model.name}: there is no {path}")
+            raise LoadError(f"{name}: there is no {path}")
         for tries_left in (2, 1, 0):
-            before = file_size(log)
-            self._spawn_server(model, log)
-            code = self._wait_healthy(model, log, bool(path))
-            others = self._others_listening(model)
-            if code is None and not (others and tries_left):
-                return
+            # LiteLLM's proxy has a port of its own.
+            may_move = tries_left > 0 and not model.proxy
+            log_bytes = file_size(log)
+            port = self._spawn_server(model, log)
+            code = self._wait_healthy(model, log)
             if code is None:
+                # llama-server sets SO_REUSEPORT: two that choose a port in the same moment both
+                # have it, and each gets some of the other's requests.
+                strangers = self._listening_groups(model) - {model.process.pid}
+                if not strangers or not may_move:
+                    return
                 self._end_server(model)
-            elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                raise LoadError(self._exit_words(model, code, log, before))
-            self._log.warning(f"{model.name}: port {model.port} was taken by"
-                              f" {port_holder(model.port)} meanwhile")
+            elif not may_move or port_is_free("127.0.0.1", port):
+                words = self._exit_words(model, code, log, log_bytes)
+                raise LoadError(words)
+            holder = port_holder(port)
+            self._log.warning(f"{name}: port {port} was taken by {holder} meanwhile")
 
     def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
         """What to say of a server that has ended while it was loading."""
+        name = model.name
         if not self._is_here(model):
-            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
-            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+            size_bytes = weights_for(model.tier).size_gb * 1e9
+            size = size_words(size_bytes) or "size unknown"
+            return f"{name} is not downloaded ({size}): llmstack download {name}"
         tail = "it printed nothing"
         if file_size(log) > log_bytes:
             tail = tail_of(log)
-        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+        return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
     def _end_server(model: Model) -> bool:
@@ -14166,14 +14751,15 @@ class Engine:
         return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
-    def _others_listening(model: Model) -> List[int]:
-        """Processes that share a server's port, and would get some of its requests.
+    def _listening_groups(model: Model) -> Set[int]:
+        """The process groups that listen on a server's port; a server of ours leads its own.
 
-        llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it.
+        None where that cannot be told: Windows has no groups, and not every system tells who
+        listens.
         """
-        if model.proxy or IS_WINDOWS or model.process.poll() is not None:
-            return []
-        return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
+        if IS_WINDOWS:
+            return set()
+        return set(map(_group_of, listeners(model.port)))
 
     def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
         """The command line and the environment of a model's server. Errors: UserError."""
@@ -14182,56 +14768,73 @@ class Engine:
             # A key that nobody but us knows keeps web pages out.
             upstream.key = os.urandom(16).hex()
             env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
-            return self._command(model.tier, port), env
+            command = self._command(model.tier, port)
+            return command, env
         if not port_is_free("127.0.0.1", port):
-            raise UserError(f"port {port} is taken by {port_holder(port)}",
+            holder = port_holder(port)
+            raise UserError(f"port {port} is taken by {holder}",
                             "choose another litellm_port in models.ini")
-        return list(model.proxy.command), litellm_env(self._env)
+        # It asks providers, so it gets the credentials that others do not.
+        env = litellm_env(self._plan.env)
+        return list(model.proxy.command), env
 
-    def _spawn_server(self, model: Model, log: str) -> None:
-        with self._changed:
-            port = model.proxy.port if model.proxy else self._free_port(model)
+    def _spawn_server(self, model: Model, log: str) -> int:
+        """Start a model's server; its port. Errors: LoadError, _Cancelled."""
+        with self._lock:
+            port = self._choose_port(model)
             upstream = Upstream("127.0.0.1", port)
-            model.port, model.upstream = port, upstream
+            model.port = port
+            model.upstream = upstream
         try:
             # This may ask the binary about its flags, so not under the lock.
             model.command, env = self._server_start(model, upstream)
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
-                model.process = spawn(model.command, log, env)
-                model.started = process_started(model.process.pid)
+                process = spawn(model.command, log, env)
+                model.process = process
+                model.started = process_started(process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
         self._log.info(f"{model.name}: starting on port {port}")
+        return port
 
-    def _free_port(self, model: Model) -> int:
+    def _choose_port(self, model: Model) -> int:
+        """The proxy's own port, else a free one; another load may be about to listen on its own."""
+        if model.proxy:
+            return model.proxy.port
         taken = {other.port for other in self.models.values() if other is not model}
-        for port in range(self._first_port, 65_536):
+        first = self._plan.first_port
+        for port in range(first, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
-        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+        raise LoadError(f"{model.name}: there is no free port above {first}")
 
-    def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
+    def _wait_healthy(self, model: Model, log: str) -> Optional[int]:
         """None once a model's server is healthy, its exit code where it ends before.
 
         Errors: LoadError, _Cancelled.
         """
+        # It does not listen before it has downloaded its model, which takes as long as it does.
+        may_download = not model.proxy and not weights_for(model.tier).path
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model):
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
-            if model.process.poll() is not None:
-                return int(model.process.returncode)
-            if time.monotonic() > end:
+            code: Optional[int] = model.process.poll()
+            if code is not None:
+                return code
+            now = time.monotonic()
+            if now > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             if not model.listening:
                 model.listening = not port_is_free("127.0.0.1", model.port)
-            if not (on_disk or model.proxy or model.listening):
-                # It does not listen before it has downloaded its model.
-                end = time.monotonic() + LOAD_TIMEOUT_S
+            if may_download and not model.listening:
+                end = now + LOAD_TIMEOUT_S
             # A small model is there in a second or two, a large one in minutes.
-            is_young = time.monotonic() - model.since < 5
-            time.sleep(0.05 if is_young else 0.25)
+            pause_s = 0.25
+            if now - model.since < 5:
+                pause_s = 0.05
+            time.sleep(pause_s)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -14242,16 +14845,18 @@ class Engine:
         if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
-        weights = cached_model(weights_for(model.tier), self._local_env)
+        path = self._cached(model)
         try:
-            identity = parking_identity(model.command, weights, self._local_env)
+            identity = parking_identity(model.command, path, self._local_env)
         except OSError as exc:
             self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
             return True
+        model.identity = identity
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
-        bay.parks = bay.parks and "--slot-save-path" in model.command
-        restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model):
+        # A build without the flag neither saves nor restores.
+        if "--slot-save-path" not in model.command:
+            bay.parks = False
+        if bay.parks and not bay.restore() and not self._healthy(model):
             self._end_server(model)
             return False
         model.bay = bay
@@ -14263,10 +14868,12 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
-        if 0 < model.context < wanted:
-            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {wanted:,}")
+        tokens = _quantity(settings.get("n_ctx"))
+        wanted = model.tier.ctx_size
+        if 0 < tokens < wanted:
+            self._log.warning(f"{model.name}: its server holds {tokens:,} tokens a conversation,"
+                              f" ctx_size says {wanted:,}")
+        model.context = tokens
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -14276,26 +14883,24 @@ class Engine:
         if self._closing or model.cancelled:
             raise _Cancelled
 
-    @staticmethod
-    def _healthy(model: Model) -> bool:
+    def _healthy(self, model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
-        process, upstream = model.process, model.upstream
-        assert upstream is not None
-        path = model.proxy.health if model.proxy else "/health"
+        process = model.process
+        assert model.upstream is not None
+        path = "/health"
+        if model.proxy:
+            path = model.proxy.health
         try:
-            response, _ = upstream.get(path, 2.0)
+            response, _ = model.upstream.get(path, 2.0)
         except (OSError, ValueError):
             return False
         if response.status != 200 or process.poll() is not None:
             return False
-        pids = listeners(upstream.port)
-        # Windows has no groups, and not every system tells who listens.
-        if IS_WINDOWS or not pids:
-            return True
-        return any(_group_of(pid) == process.pid for pid in pids)
+        groups = self._listening_groups(model)
+        return not groups or process.pid in groups
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
@@ -14311,21 +14916,25 @@ class Engine:
                 if self._closing:
                     break
             process.poll()
-        with self._changed:
+        with self._lock:
             self._forget(model)
 
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.bay = None, 0, None, None
-        model.cancelled = model.listening = False
+        model.process = None
+        model.upstream = None
+        model.bay = None
+        model.port = 0
+        model.cancelled = False
+        model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
         """Stop models because the user says so, busy or loading; returns when they are gone."""
         chosen = list(models)
-        with self._changed:
+        with self._lock:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
@@ -14341,12 +14950,14 @@ class Engine:
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
-        with self._changed:
-            idle = [model for model in self.models.values() if model.is_idle]
-            for model in idle:
-                idle_s, ttl_s = now - model.last_used, model.tier.ttl
-                if model.process.poll() is not None:
-                    code = model.process.returncode
+        with self._lock:
+            for model in self.models.values():
+                if not model.is_idle:
+                    continue
+                code = model.process.poll()
+                ttl_s = model.tier.ttl
+                idle_s = now - model.last_used
+                if code is not None:
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
                 elif ttl_s and idle_s > ttl_s:
@@ -14357,17 +14968,19 @@ class Engine:
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
-        with self._changed:
-            was_short, self.pressure = bool(self.pressure), pressure
-            if bool(pressure) != was_short:
+        with self._lock:
+            # Said once for as long as it lasts; its words change with each figure in them.
+            if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
-            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
-            if not pressure or not idle:
+            self.pressure = pressure
+            if not pressure:
                 return
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            model = min(idle, key=lambda m: m.last_used, default=None)
             # One goes a look: the next look sees what that has freed.
-            model = min(idle, key=lambda m: m.last_used)
-            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-            self._begin_stop(model)
+            if model is not None:
+                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+                self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -14398,29 +15011,32 @@ class Engine:
 
     def close(self) -> None:
         """Stop everything, for good."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify_all()
         self.unload(self.models.values())
 
     def upstreams(self) -> List[Upstream]:
         """Of the models that are loaded or loading."""
-        with self._changed:
+        with self._lock:
             return [m.upstream for m in self.models.values() if m.upstream is not None]
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         rows = []
-        with self._changed:
+        with self._lock:
             now = time.monotonic()
             for model in self.models.values():
                 if model.state == "stopped":
                     continue
+                url = ""
+                if model.upstream:
+                    url = model.upstream.url
                 rows.append({
                     "model": model.name,
                     "state": model.state,
                     "cmd": " ".join(model.command),
-                    "proxy": model.upstream.url if model.upstream else "",
+                    "proxy": url,
                     "ttl": model.tier.ttl,
                     "name": model.name,
                     "description": model.tier.description,
@@ -14431,36 +15047,46 @@ class Engine:
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
-        with self._changed:
-            rows = {name: self._watched_row(model) for name, model in self.models.items()}
-            stopped = [m for m in self.models.values() if m.state == "stopped"]
+        rows = {}
+        stopped = []
+        with self._lock:
+            for model in self.models.values():
+                rows[model.name] = self._watched_row(model)
+                if model.state == "stopped":
+                    stopped.append(model)
         # This looks at the disk, so not under the lock.
         for model in stopped:
             if not self._is_here(model):
-                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
+                row = rows[model.name]
+                row["state"] = "not here"
+                row["reason"] = fetching_words(model.tier)
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
         return {
             "models": rows,
-            "budget": round(self._budget_gb * 1e9),
+            "budget": round(self._plan.budget_gb * 1e9),
             "parked": parked,
             "pressure": self.pressure,
         }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
+        since = model.since
         row: Dict[str, Any] = {
             "state": STATE_WORDS[model.state],
             "reason": "",
             "loads": model.loads,
             "evictions": model.evictions,
             "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
-            "since": round(model.since + self._epoch),
         }
+        # A request that was answered since has shown that it loads.
         if model.state == "stopped" and model.failed_at > model.last_used:
+            why = load_failure_words(model.failure)
+            log = self._log_path(model.name)
             row["state"] = "failed to load"
-            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-            row["since"] = round(model.failed_at + self._epoch)
+            row["reason"] = f"{why} ({log})"
+            since = model.failed_at
+        row["since"] = round(since + self._epoch)
         if model.state == "starting":
             share = self._loaded(model)
             if share:
@@ -14490,7 +15116,8 @@ class MemoryWatch:
         self.machine = machine
         self._read = read
         self._before = read(machine.cuda)
-        self._pressure, self._calm = "", 0
+        self._pressure = ""
+        self._calm = 0                          # looks in a row that have found nothing
         self._stopped = threading.Event()
 
     def start(self, ease: Callable[[str], None]) -> None:
@@ -14509,7 +15136,9 @@ class MemoryWatch:
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
-        self._calm = 0 if found else self._calm + 1
+        self._calm += 1
+        if found:
+            self._calm = 0
         if found or self._calm >= self.CALM_LOOKS:
             self._pressure = found
         return self._pressure
@@ -14519,21 +15148,26 @@ class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
     def __init__(self, engine: Engine, log: Log, watch: Optional[MemoryWatch] = None) -> None:
-        self.engine, self.log = engine, log
+        self.engine = engine
+        self.log = log
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
         self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
-        machine = self._watch.machine._asdict() if self._watch else {}
-        return {**machine, "pressure": self.engine.pressure}
+        shown: Dict[str, Any] = {}
+        if self._watch:
+            shown = self._watch.machine._asdict()
+        shown["pressure"] = self.engine.pressure
+        return shown
 
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if time.monotonic() - self._last_rotation > 30:
-            self._last_rotation = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_rotation > 30:
+            self._last_rotation = now
             self.log.rotate()
             self.engine.tend_files()
 
@@ -14564,32 +15198,48 @@ class EngineApp(Behind):
         return self.engine.pace(name, tokens)
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
-        return {"object": "list", "data": self._listing()}
+        entries = []
+        config = with_served_contexts(self.engine.config, self.contexts())
+        for tier in config.tiers:
+            model = self.engine.find(tier.name)
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
+        return {"object": "list", "data": entries}
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
-        path, _, query = request.target.partition("?")
+        path, mark, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
         if path.startswith(_UPSTREAM):
             name, _, rest = path[len(_UPSTREAM):].partition("/")
-            target = "/" + rest
-            if query:
-                target += "?" + query
-            self._serve(client, request._replace(target=target), name, body, drop)
+            request = request._replace(target=f"/{rest}{mark}{query}")
+            self._serve(client, request, name, body, drop)
             return
-        name, stream = self._asked(body, query)
+        name = _asked_in(request.target)
+        stream = False
+        if body:
+            # A list is for /lora-adapters, whose model stands in the query.
+            values = dict_of(read_json(body))
+            stream = values.get("stream") is True
+            named = values.get("model")
+            if isinstance(named, str):
+                name = named
         if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
-        model = self.engine.find(name)
-        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if tier and is_alias and body and model and model.proxy:
-            body = b"".join(with_model(body, True, tier.name))
+        if body and tier and tier.backend == "litellm":
+            pieces = with_model(body, True, tier.name)
+            body = b"".join(pieces)
         self._serve(client, request, name, body, drop, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -14601,9 +15251,12 @@ class EngineApp(Behind):
         if request.method == "POST":
             return self._unload(client, path)
         if path == "/health":
-            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+            whose = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, b"OK", _PLAIN, whose)
         elif path == "/ui" and self.page_url:
-            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
+            # llama-swap's page is here; ours is the router's.
+            where = f"Location: {self.page_url}\r\n"
+            client.reply(307, b"", _PLAIN, where.encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request, frozenset())
             client.reply_json(listing)
@@ -14622,37 +15275,11 @@ class EngineApp(Behind):
             return True
         if not path.startswith(unload_all + "/"):
             return False
-        model = self.engine.lease(path[len(unload_all) + 1:]).model
-        self.engine.unload([model])
+        name = path[len(unload_all) + 1:]
+        ticket = self.engine.lease(name)
+        self.engine.unload([ticket.model])
         client.reply(200, b"OK", _PLAIN)
         return True
-
-    def _listing(self) -> List[Dict[str, Any]]:
-        entries = []
-        config = with_served_contexts(self.engine.config, self.contexts())
-        for tier in config.tiers:
-            model = self.engine.find(tier.name)
-            if model is None:
-                continue
-            value = "unloaded"
-            if model.state == "ready":
-                value = "loaded"
-            entry = {**tier_entry(tier), "status": {"value": value}}
-            entries += [{**entry, "id": name} for name in tier.names]
-        return entries
-
-    @staticmethod
-    def _asked(body: bytes, query: str) -> Tuple[str, bool]:
-        """(model, whether a stream is wanted) of a request."""
-        if body:
-            try:
-                asked = json.loads(str(body, "utf-8"))
-            except (ValueError, RecursionError) as exc:
-                raise HttpError(400, f"the body is not JSON: {exc}") from None
-            if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-                return asked["model"], asked.get("stream") is True
-        from urllib.parse import parse_qs
-        return parse_qs(query).get("model", [""])[0], False
 
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                drop: FrozenSet[bytes], stream: bool = False) -> None:
@@ -14683,8 +15310,19 @@ def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
 
 def server_port(row: Mapping[str, Any]) -> int:
     """The port of a model's server by its row of /running, 0 where that has none."""
-    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-    return int(found.group(1)) if found else 0
+    url = str(row.get("proxy"))
+    found = re.search(r":([0-9]{1,5})/?\Z", url)
+    if found is None:
+        return 0
+    return int(found[1])
+
+
+def ready_port(upstream: Upstream, name: str) -> int:
+    """The port of a model's server, 0 where that is not ready or not told."""
+    for row in running_rows(upstream) or ():
+        if row["model"] == name and row["state"] == "ready":
+            return server_port(row)
+    return 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
@@ -14693,12 +15331,6 @@ def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     if rows is None:
         return None
     return {row["model"]: row["state"] for row in rows}
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = running_rows(upstream) or ()
-    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -14720,13 +15352,17 @@ class SwapBays:
 
     def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
                  log: Log) -> None:
-        self._parking, self._identify, self._log = parking, identify, log
+        self._parking = parking
+        self._identify = identify
+        self._log = log
         self._tiers = {tier.name: tier for tier in tiers}
         self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Settling:
-        """A model's restoring, which is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Optional[Settling]:
+        """A model's restoring, which is begun where needed; None for what is never parked."""
+        if name not in self._tiers:
+            return None
         with self._lock:
             known = self._settling.get(name)
             if known is None:
@@ -14740,7 +15376,8 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            # The request that waits goes on, and the next one tries again.
+            # Without a bay the request that waits goes on, and the next one tries again. Meanwhile
+            # the model may have been stopped, and be loaded for another.
             with self._lock:
                 if settling.bay is None and self._settling.get(name) is settling:
                     del self._settling[name]
@@ -14750,29 +15387,34 @@ class SwapBays:
         tier = self._tiers[name]
         # A llama-server with --slot-save-path does not start without that directory.
         make_private_dir(self._parking.directory)
-        is_up = name in (running_states(swap) or {})
+        states = running_states(swap) or {}
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
         load_s = time.monotonic() - began
-        port = swap_ports(swap).get(name)
+        port = ready_port(swap, name)
         if not port:
             return None
         server = Upstream("127.0.0.1", port)
+        # llama-swap's servers have its key.
         server.key = swap.key
-        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-        if not is_up:
-            self._parking.speeds.note(bay.identity, name, "load", load_s)
+        identity = self._identify(tier)
+        bay = Bay(self._parking, tier, identity, server, self._log)
+        # One that was loaded already has answered at once, which says nothing of a load.
+        if name not in states:
+            self._parking.speeds.note(identity, name, "load", load_s)
+        # A server that has been asked already holds newer conversations than the files.
         if bay.fresh():
             bay.restore()
         return bay
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a model with a prompt of so many tokens."""
+        parking = self._parking
         settling = self._settling.get(name)
         if settling is not None and settling.bay is not None:
             return settling.bay.pace(tokens)
-        identity = self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def parked(self) -> List[Dict[str, Any]]:
         return self._parking.rows()
@@ -14801,7 +15443,9 @@ class SwapLease(Lease):
     def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
-        self._settling = bays.settle(model, upstream) if bays else None
+        self._settling: Optional[Settling] = None
+        if bays:
+            self._settling = bays.settle(model, upstream)
 
     def ready(self) -> bool:
         if self._settling is None:
@@ -14848,7 +15492,8 @@ class SwapApp(UpstreamApp):
             self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
         self._command = command(port)
-        self._env, self._output = env, output
+        self._env = env
+        self._output = output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -14865,8 +15510,9 @@ class SwapApp(UpstreamApp):
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
-        self._process = spawn(self._command, self._output, self._env)
-        self._mark = process_started(self._process.pid)
+        process = spawn(self._command, self._output, self._env)
+        self._process = process
+        self._mark = process_started(process.pid)
 
     def _healthy(self) -> bool:
         try:
@@ -14880,13 +15526,14 @@ class SwapApp(UpstreamApp):
         if self._bays:
             self._bays.save_when_due()
         code = self._process.poll()
-        due = time.monotonic() - self._started_s > self.RESTART_S
-        if code is None or self._closing or not due:
+        if code is None or self._closing:
+            return
+        if time.monotonic() - self._started_s < self.RESTART_S:
             return
         self.log.error(
             f"llama-swap has died (exit {code}); starting it again, see {self._output}")
         # The models that it has left hold the ports that it would give to others.
-        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        stop_members(stack_members(_mark_in(self._env)))
         if self._bays:
             self._bays.forget_all()
         try:
@@ -14926,22 +15573,23 @@ class SwapApp(UpstreamApp):
         return f"/upstream/{name}{target}"
 
     def pace(self, name: str, tokens: int) -> Pace:
-        if self._bays is None or name not in self._models or name == PROXY:
+        if self._bays is None:
             return Pace()
         return self._bays.pace(name, tokens)
 
     def lease(self, name: str) -> Lease:
+        # llama-swap says itself that it has no model of a name that is no tier's.
         model = self._models.get(name, name)
-        if model == PROXY or model not in self._models:
-            return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
-        if self._bays and request.method == "POST" and request.target.startswith(park):
-            self._bays.park(request.target[len(park):])
+        is_park = request.method == "POST" and request.target.startswith(park)
+        if self._bays and is_park:
+            name = request.target[len(park):]
+            self._bays.park(name)
             client.reply(200, b"OK", _PLAIN)
             return
         super().pass_on(client, request, body, drop)
@@ -14977,19 +15625,17 @@ def read_stack(places: Places) -> Optional[Record]:
     # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
-    return proven_record(str(copy.get("record", "")), places.work)
+    text = str(copy.get("record", ""))
+    return proven_record(text, places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
+    # Worktrees may share one .llmstack/; a daemon belongs to the one that it was started for.
     if not owned_process(record, places.work):
         return None
     return record
-
-
-def stack_is_alive(places: Places) -> bool:
-    return running_record(places) is not None
 
 
 def connectable(host: str) -> str:
@@ -15006,7 +15652,7 @@ def api_key(env: Mapping[str, str]) -> str:
     """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
-    if key and not (key.isascii() and key.isprintable()):
+    if not key.isascii() or not key.isprintable():
         raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
                         "set it to one plain line", 2)
     return key
@@ -15059,11 +15705,12 @@ def base_url(host: str, port: int) -> str:
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+    if is_loopback(host) or api_key(env):
         return
-    raise UserError(f"{host} can be reached by others, and no API key is set",
-                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                    " in models.ini", 2)
+    if not config.allow_unauthenticated:
+        raise UserError(f"{host} can be reached by others, and no API key is set",
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -15095,17 +15742,20 @@ def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
     if not program:
         return Binary(program)
     server = Binary(program, probe_flags(program, config, data))
-    if _can_park(config, server):
-        return server._replace(program=(*program, *parking_flags(data)))
-    return server
+    if not _can_park(config, server):
+        return server
+    words = (*program, *parking_flags(data))
+    return server._replace(program=words)
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if any(key in SERVER_OPTIONS for key in tier.settings):
-            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
+        if SERVER_OPTIONS.keys().isdisjoint(tier.settings):
+            continue
+        own = tier_config(config, tier)
+        found[tier.name] = swap_binary(own, env, data)
     return found
 
 
@@ -15124,7 +15774,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
     """
     found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
     for tier in local:
-        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        identity = speeds.identity_of(tier.name)
+        load_s = speeds.load_s(identity)
         if load_s:
             found[tier.name] = load_s * LOADED_GB_PER_S
     return found
@@ -15133,31 +15784,41 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = places.env, local_tiers(config)
-    server = swap_binary(config, env, places.data)
+    env = places.env
+    data = places.data
+    local = local_tiers(config)
+    server = swap_binary(config, env, data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        identity = probe_identity(tier, config, env, places.data)
+        identity = probe_identity(tier, config, env, data)
         tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
+    # What llama-swap runs before it stops a model: it asks our listener to park that.
     park: Tuple[str, ...] = ()
     if _can_park(config, server):
-        park = (*guest_command(sys.executable, "park"), str(config.engine_port))
+        port = str(config.engine_port)
+        park = (*guest_command(sys.executable, "park"), port)
+    quote = posix_quote
+    if IS_WINDOWS:
+        quote = windows_quote
     plan = SwapPlan(
-        config, server,
-        quote=windows_quote if IS_WINDOWS else posix_quote,
+        config,
+        server,
+        quote=quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.needs for fit in fits},
-        weights_gb=costly_gb(local, fits, Speeds(places.data)),
+        weights_gb=costly_gb(local, fits, Speeds(data)),
         budgets_gb=machine.budgets_gb,
         proxy=proxy,
-        own=own_binaries(config, env, places.data),
-        park=park)
-    write_atomic(path, render_llama_swap_yaml(plan))
+        own=own_binaries(config, env, data),
+        park=park,
+    )
+    text = render_llama_swap_yaml(plan)
+    write_atomic(path, text)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -15168,15 +15829,16 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     if find_llama_swap(env, data):
         return "llama-swap"
     if config.engine == "llama-swap":
+        folder = os.path.join(data, "bin")
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(data, "bin")
-                        + ", or set engine = auto")
+                        f"put its binary on PATH or in {folder}, or set engine = auto")
     return "embedded"
 
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
@@ -15187,9 +15849,11 @@ def check_plan(plan: Plan) -> None:
 
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
-    work = str(_read_json(owner_file(places.data)).get("work", ""))
-    other = places_at(places.data, work)
-    if not work or work == places.work or not stack_is_alive(other):
+    work = _read_json(owner_file(places.data)).get("work")
+    if not work or work == places.work:
+        return None
+    other = places_at(places.data, str(work))
+    if running_record(other) is None:
         return None
     return other
 
@@ -15219,10 +15883,10 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
     if not fits_machine(name, machine):
         need = PROFILES[name]
-        beside = ""
+        needed = f"{need.budget_gb:g} GB"
         if need.host_gb:
-            beside = f" on a card and {need.host_gb:g} GB beside it"
-        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
+            needed += f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {needed}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -15233,11 +15897,12 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
+    # A file that the user has named is not made up where it is missing: load_config says so.
+    if places.env.get("LLMSTACK_MODELS_INI") or os.path.exists(places.models_ini):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, places.env, places.data).decode("utf-8")
-    config, _ = parse_models_ini(text)
+    text = with_ultra(seed, places.env, places.data)
+    config, _ = parse_models_ini(text.decode("utf-8"))
     return config
 
 
@@ -15247,11 +15912,14 @@ def check_state(places: Places) -> None:
     Errors: UserError.
     """
     # An older version, or a clone, may have left these open to others.
-    close_to_others(places.data, places.state, places.in_state("logs"))
-    target = os.path.realpath(places.state)
+    state = places.state
+    close_to_others(places.data, state, places.in_state("logs"))
+    if not os.path.islink(state):
+        return
+    target = os.path.realpath(state)
     # A link to another project's .llmstack is how worktrees share one.
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
-        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+    if os.path.basename(target) != ".llmstack":
+        raise UserError(f"{state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
 
@@ -15278,16 +15946,12 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def _stack_name(places: Places) -> str:
+def _stack_words(places: Places) -> Tuple[str, str]:
+    """What another project's stack is called, and what ends it."""
     if places.is_demo:
-        return "another llmstack (the demo)"
-    return f"another llmstack ({places.work})"
-
-
-def _stop_advice(places: Places) -> str:
-    if places.is_demo:
-        return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {places.work} ends it"
+        return "another llmstack (the demo)", "`llmstack stop --demo` ends it"
+    work = places.work
+    return f"another llmstack ({work})", f"`llmstack stop` in {work} ends it"
 
 
 def _listening_stack(data: str, port: int) -> Optional[Places]:
@@ -15315,11 +15979,13 @@ def _refuse_second_stack(places: Places) -> None:
     if owner is None:
         return
     record = read_stack(owner)
-    assert record is not None                   # it is alive
+    # It may have ended since it was found alive.
+    if record is None:
+        return
+    name, advice = _stack_words(owner)
     url = base_url(record.host, record.port)
-    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
-                    f"`llmstack install --external {url}` uses it from here,"
-                    f" {_stop_advice(owner)}")
+    raise UserError(f"{name} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here, {advice}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -15340,19 +16006,20 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
             continue
         other = _listening_stack(places.data, port)
         if other is not None:
-            holder = _stack_name(other)
-            advice.append(_stop_advice(other))
+            holder, ending = _stack_words(other)
+            advice.append(ending)
         else:
             holder = port_holder(port)
             keys.append(key)
         holders.setdefault(holder, []).append(str(port))
+    if not holders:
+        return
     if keys:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
-    if holders:
-        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        # Two ports of one stack need its advice once.
-        once = dict.fromkeys(advice)
-        raise UserError("; ".join(held), "; ".join(once))
+    held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+    # Two ports of one stack need its advice once.
+    once = dict.fromkeys(advice)
+    raise UserError("; ".join(held), "; ".join(once))
 
 
 def stack_lock(places: Places, tell: Say = say) -> FileLock:
@@ -15368,15 +16035,18 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if (record.host, record.port) != (plan.host, plan.port):
+    host = plan.host
+    port = plan.port
+    if (record.host, record.port) != (host, port):
         url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
-                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
+                        f"run `llmstack restart --host {host} --port {port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     wanted = {
         "router_port": (plan.host, plan.port),
         "engine_port": ("127.0.0.1", config.engine_port),
@@ -15395,7 +16065,8 @@ def program_name(program: Sequence[str]) -> str:
 
 
 def _say_started(plan: Plan) -> None:
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     proxy = plan_proxy(places, config, places.env)
     engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
@@ -15421,17 +16092,18 @@ def _take_down(places: Places) -> int:
     if record is not None:
         stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
     # What a crash has left has no record any more, but its mark.
-    stopped += stop_project_members(places.work)
+    stopped += stop_members(project_members(places.work))
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
-    if _read_json(owner_file(places.data)).get("work") == places.work:
-        _remove(owner_file(places.data))
+    copy = owner_file(places.data)
+    if _read_json(copy).get("work") == places.work:
+        _remove(copy)
     return stopped
 
 
 def _daemon_command(plan: Plan) -> List[str]:
-    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-             "--engine", plan.kind]
+    words = [sys.executable, PROGRAM, "_daemon"]
+    words += ["--host", plan.host, "--port", str(plan.port), "--engine", plan.kind]
     if plan.channel == "next":
         words.append("--next")
     return words
@@ -15443,18 +16115,26 @@ def _start_daemon(plan: Plan) -> None:
     log = places.log("router.log")
     log_bytes = file_size(log)
     blank = Record(
-        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-        plan.config.engine_port)
+        pid=0,
+        started="",
+        stack=new_mark(places.work),
+        host=plan.host,
+        port=plan.port,
+        kind=plan.kind,
+        channel=plan.channel,
+        engine_port=plan.config.engine_port,
+    )
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
         "LLMSTACK_DATA_DIR": places.data,
         "LLMSTACK_MODELS_INI": places.models_ini,
     }
-    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
+    path = pid_file(places)
+    process, record = spawn_recorded(_daemon_command(plan), log, env, path, blank)
     try:
         # The copy is what finds the daemon when .llmstack is deleted under it.
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
+        copy = {"work": places.work, "record": read_text(path)}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -15496,8 +16176,9 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
 
     Errors: UserError.
     """
+    router = router_upstream(record, env)
     try:
-        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+        response, body = router.get("/llmstack/reload", 10.0, "POST")
     except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
@@ -15552,8 +16233,8 @@ def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     states = {}
     for name, row in asked_json(upstream, "/llmstack/state").items():
         if isinstance(row, dict):
-            texts = {key: value for key, value in row.items() if isinstance(value, str)}
-            states[name] = texts
+            values = row.items()
+            states[name] = {key: value for key, value in values if isinstance(value, str)}
     return states
 
 
@@ -15566,7 +16247,8 @@ def _tier_row(tier: Tier, known: Tuple[str, Any],
     # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier)
-        state, since_s = told.get("state", "unknown"), None
+        state = told.get("state", "unknown")
+        since_s = None
     return {
         "name": tier.name,
         "role": tier.role,
@@ -15594,13 +16276,15 @@ _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
     """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
     row["missing"] = list(missing)
+    state = row["state"]
     # The router calls a hosted tier available; whether its proxy is up, the engine knows.
-    if row["state"] == "available":
-        state, row["since_s"] = proxy
-        row["state"] = _PROXY_WORDS.get(state, state)
+    if state == "available":
+        word, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(word, word)
     # A worse reason than a missing credential stays.
-    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-    if missing and not settled:
+    if state in ("failing", "local_only") or "LiteLLM" in row["reason"]:
+        return
+    if missing:
         row["state"] = "no credential"
         row["reason"] = f"missing {', '.join(missing)}"
 
@@ -15613,39 +16297,37 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-class _Told(NamedTuple):
-    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+def _hosted_states(config: Config, router: Optional[Upstream],
+                   env: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+    """What a router tells of its tiers; without one, which hosted tiers have no credential."""
+    if router is not None:
+        return _router_states(router)
+    lacking = missing_credentials(config, env)
+    return {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
 
-    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
-    otherwise: str                              # the state of one that the engine does not name
-    hosted: Dict[str, Dict[str, str]]           # by the router
 
+def _tier_rows(places: Places, config: Config, router: Optional[Upstream],
+               engine: Optional[Upstream], env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`, of what router and engine tell where they answer.
 
-def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
-               engine: Optional[Upstream]) -> _Told:
-    states, otherwise = {}, "unknown"
+    `env`: that of the daemon, whose credentials count.
+    """
+    states: Dict[str, Tuple[str, Any]] = {}
+    unnamed = ("unknown", None)
     if engine is not None:
         states = _engine_states(engine) or {}
-        otherwise = "stopped"
-    if router is not None:
-        hosted = _router_states(router)
-    else:
-        lacking = missing_credentials(config, places.env)
-        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
-    return _Told(states, otherwise, hosted)
-
-
-def _tier_rows(places: Places, config: Config, told: _Told,
-               env: Mapping[str, str]) -> List[Dict[str, Any]]:
-    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+        # An engine names only what is loaded.
+        unnamed = ("stopped", None)
+    hosted = _hosted_states(config, router, places.env)
     lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
-    proxy = told.states.get(PROXY, ("", None))
+    proxy = states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
         name = tier.name
-        known = told.states.get(name, (told.otherwise, None))
-        row = _tier_row(tier, known, told.hosted.get(name, {}))
+        known = states.get(name, unnamed)
+        told = hosted.get(name, {})
+        row = _tier_row(tier, known, told)
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
@@ -15705,8 +16387,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
     config = config.on_channel(rows["channel"] or "")
-    told = _ask_tiers(places, config, router, engine)
-    rows["tiers"] = _tier_rows(places, config, told, env)
+    rows["tiers"] = _tier_rows(places, config, router, engine, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
@@ -16109,20 +16790,32 @@ def span_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def progress_words(have: int, size: int, rate: float) -> str:
+def progress_words(have: float, size: float, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
-    unit, name = 1e6, "MB"
+    unit = 1e6
+    name = "MB"
     if size >= 1e9:
-        unit, name = 1e9, "GB"
-    if not size:
-        return f"{have / unit:,.1f} {name}"
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
-    if rate <= 0:
+        unit = 1e9
+        name = "GB"
+    words = f"{have / unit:,.1f}"
+    if size:
+        words += f" of {size / unit:,.1f}"
+    words += f" {name}"
+    if not size or rate <= 0:
         return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    left_s = (size - have) / rate
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words(left_s)} left"
 
 
-_QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+# What is known of a job once it has begun.
+_QUEUE_VALUES = {
+    "part": str,
+    "error": str,
+    "hint": str,
+    "before": int,
+    "total": int,
+    "bytes": int,
+}
 UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
 
@@ -16140,36 +16833,43 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     for name, row in _read_json(queue_file(places)).items():
         row = dict_of(row)
         job = parse_job(row)
-        state = row.get("state")
-        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
+        if job is None or job.name != name:
             continue
-        jobs[name] = {**job._asdict(), "state": state}
+        if row.get("state") not in UNFINISHED + _ENDED:
+            continue
+        known = {"state": row["state"]}
         for key, kind in _QUEUE_VALUES.items():
             # A bool is an int, too.
             if type(row.get(key)) is kind:
-                jobs[name][key] = row[key]
+                known[key] = row[key]
+        jobs[name] = {**job._asdict(), **known}
     return jobs
 
 
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if owned_process(record, places.project) else None
+    if not owned_process(record, places.project):
+        return None
+    return record
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker = download_worker(places)
-    cache = hub_cache_dir(os.environ)
+    cache = hub_cache_dir(places.env)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
         if worker is None and state in UNFINISHED:
             state = "interrupted"
-        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
-        part = os.path.basename(job.get("part", "")) + ".incomplete"
-        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
-        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        have = job.get("bytes", 0)
+        if not have:
+            # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
+            part = os.path.basename(job.get("part", ""))
+            folder = repo_dir(cache, job["repo"])
+            path = os.path.join(folder, "blobs", f"{part}.incomplete")
+            have = job.get("before", 0) + file_size(path)
         rows.append({
             "tier": job["tier"],
             "label": job["label"],
@@ -16633,9 +17333,7 @@ STATE_COLOURS = {
 
 
 def value_in(row: Any, key: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    return row.get(key)
+    return dict_of(row).get(key)
 
 
 def text_in(row: Any, key: str) -> str:
@@ -16647,16 +17345,17 @@ def text_in(row: Any, key: str) -> str:
 
 def number_in(row: Any, key: str) -> float:
     value = value_in(row, key)
+    # JSON as Python reads it knows NaN and Infinity, too.
     if isinstance(value, (int, float)) and 0 <= value < 1e15:
         return float(value)
     return 0.0
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
-    value = row.get(key)
-    if not isinstance(value, list):
+    values = row.get(key)
+    if not isinstance(values, list):
         return []
-    return [v for v in value if isinstance(v, dict)]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def rate_words(per_s: float) -> str:
@@ -16670,33 +17369,39 @@ def rate_words(per_s: float) -> str:
 
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
-    tokens = int(tokens)
+    # Local models are made for powers of two, hosts count in thousands.
     if tokens % 1024 == 0:
-        return f"{tokens // 1024}k"
+        return f"{tokens / 1024:.0f}k"
     if tokens >= 1000:
         return f"{tokens / 1000:.0f}k"
-    return str(tokens)
+    return f"{tokens:.0f}"
+
+
+def _since_words(then_s: float, now_s: float) -> str:
+    """How long ago something was; another machine's clock may be ahead of ours."""
+    return span_words(max(now_s - then_s, 0))
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     stages, waiting_since = [], []
     for request in dicts_in(now, "requests"):
-        stage = text_in(request, "stage")
         if text_in(request, "tier") != name:
             continue
+        stage = text_in(request, "stage")
         if stage.startswith(("writing", "reading")):
             stages.append(stage)
         else:
             waiting_since.append(number_in(request, "began"))
     words = []
+    # Of a single request it is known how much of its prompt is read.
     if len(stages) == 1 and "%" in stages[0]:
-        words.append(stages[0])
+        words += stages
     elif stages:
         words.append(f"{len(stages)} answering")
     if waiting_since:
-        longest_s = max(now_s - min(waiting_since), 0)
-        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
+        longest = _since_words(min(waiting_since), now_s)
+        words.append(f"{len(waiting_since)} waiting, {longest}")
     return words
 
 
@@ -16714,16 +17419,19 @@ class TierLine(NamedTuple):
 
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
-    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, share = number_in(row, "since"), number_in(row, "share")
-    ago = span_words(max(now_s - since_s, 0))
+    name = text_in(row, "name")
+    state = text_in(row, "state")
+    note = text_in(row, "reason")
+    since_s = number_in(row, "since")
+    share = number_in(row, "share")
+    ago = _since_words(since_s, now_s)
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
-    words = _occupation(name, now, now_s)
     if state == "loading" and share:
         state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
+    words = _occupation(name, now, now_s)
     if note:
         words.append(note)
     return TierLine(
@@ -16738,7 +17446,14 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_LEFT_OUT = (
+    ("role", 22),
+    ("model", 0),
+    ("speed", 0),
+    ("context", 0),
+    ("memory", 0),
+    ("size", 0),
+)
 _RIGHT = ("context", "memory", "speed", "size")
 _GAP = "  "
 
@@ -16761,11 +17476,23 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
 def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
     """Column -> how wide it is, its gap with it, of those that say something."""
     widths = {}
+    # The last field is the note.
     for name in rows[0]._fields[:-1]:
         most = max(len(getattr(row, name)) for row in rows)
         if most:
             widths[name] = most + len(_GAP)
     return widths
+
+
+def _cell(text: str, column: str, width: int, colour: Colour) -> str:
+    """A text as wide as its column, whose gap is not part of that."""
+    # A colour takes no room, so the padding is measured before.
+    padding = " " * (width - len(_GAP) - len(text))
+    if column == "state":
+        text = colour(text, _state_colour(text))
+    if column in _RIGHT:
+        return padding + text
+    return text + padding
 
 
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
@@ -16785,16 +17512,14 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
         cells = []
         for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (columns - len(_GAP) - len(text))
-            if column == "state":
-                text = colour(text, _state_colour(text))
-            cells.append(padding + text if column in _RIGHT else text + padding)
-        if row.note and len(row.note) <= room:
-            cells.append(row.note)
-            shown.append(_GAP.join(cells))
-            continue
-        shown.append(_GAP.join(cells).rstrip())
-        shown += wrapped_lines("    " + row.note, width, "    ")
+            cells.append(_cell(text, column, columns, colour))
+        note = row.note
+        if note and len(note) <= room:
+            cells.append(note)
+            note = ""
+        line = _GAP.join(cells)
+        shown.append(line.rstrip())
+        shown += wrapped_lines("    " + note, width, "    ")
     return shown
 
 
@@ -16803,27 +17528,32 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
+    # What the model has counted, else what the router has estimated.
     tokens = number_in(row, "truth") or number_in(row, "tokens")
     read = f"{tokens:,.0f} tokens"
-    cached, ended = number_in(row, "cached"), text_in(row, "ended")
+    cached = number_in(row, "cached")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
+    ended = text_in(row, "ended")
     if ended != "done":
         words.append(ended)
-    ago_s = max(now_s - number_in(row, "time"), 0)
-    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
+    took_s = number_in(row, "total_s")
+    words.append(f"{took_s:.1f} s")
+    ago = _since_words(number_in(row, "time"), now_s)
+    words.append(f"{ago} ago")
     return "last  " + ", ".join(words)
 
 
 def _stack_facts(now: Mapping[str, Any]) -> List[str]:
     """What there is to say of the whole stack."""
-    about, memory = now.get("about"), now.get("memory")
+    about = now.get("about")
+    memory = now.get("memory")
     facts = []
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    budget_gb = number_in(memory, "budget") / 1e9
+    if budget_gb:
+        taken_gb = number_in(memory, "resident") / 1e9
+        facts.append(f"memory {taken_gb:.1f} of {budget_gb:.1f} GB")
     pressure = text_in(memory, "pressure")
     if pressure:
         facts.append(f"{pressure}: idle models are unloaded")
@@ -16841,29 +17571,36 @@ def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
         state = text_in(row, "state")
         if state == "done":
             continue
-        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-        how = text_in(row, "error") or progress_words(have, size, 0)
-        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+        how = text_in(row, "error")
+        if not how:
+            size = number_in(row, "total_bytes")
+            how = progress_words(number_in(row, "bytes"), size, 0)
+        tier = text_in(row, "tier")
+        label = text_in(row, "label")
+        line = f"Download {tier}-{label}: {state}, {how}"
+        lines += wrapped_lines(line, width, "  ")
     return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    up, facts = f"up  {url}/v1", _stack_facts(now)
-    painted = colour("up", "32") + up[len("up"):]
-    lines = ["    ".join([painted, *facts])]
-    if len("    ".join([up, *facts])) > width:
-        lines = [painted]
+    up = f"up  {url}/v1"
+    facts = _stack_facts(now)
+    lines = ["    ".join([up, *facts])]
+    if len(lines[0]) > width:
+        lines = [up]
         for fact in facts:
             lines += wrapped_lines(fact, width, "  ")
+    # Last, for a colour has a length and takes no room.
+    lines[0] = lines[0].replace("up", colour("up", _GREEN), 1)
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
+        last = _last_words(decisions[-1], now_s)
+        lines += wrapped_lines(last, width, "      ")
     return lines
 
 
@@ -16875,20 +17612,16 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # there is to say goes to the logs.
 
 
-class Unserved:
-    """Says of a later configuration which tiers the engine does not serve, and why."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
-
-    def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._plan.places
-        found = unserved_hosted(places, config, places.env)
-        for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in self._known:
-                found[tier.name] = "the engine does not know it before `llmstack restart`"
-        return found
+def unserved_tiers(plan: Plan, config: Config) -> Dict[str, str]:
+    """Tiers of a later configuration that the engine does not serve -> why."""
+    places = plan.places
+    found = unserved_hosted(places, config, places.env)
+    # The engine has nothing to do with tiers of another host.
+    known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
+    for tier in config.tiers:
+        if tier.backend != "openai" and tier.name not in known:
+            found[tier.name] = "the engine does not know it before `llmstack restart`"
+    return found
 
 
 def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
@@ -16896,7 +17629,8 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
     record: Optional[Recorder] = None
     if plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
+        path = places.log("decisions.jsonl")
+        record = Recorder(path)
     remedy = "run `llmstack start`"
     if places.is_demo:
         remedy = "run `llmstack start --demo`"
@@ -16905,7 +17639,9 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, log.warning).on_channel(plan.channel)
+        config = load_config(places, log.warning)
+        # A new file does not change what runs: that takes a restart.
+        config = config.on_channel(plan.channel)
         return true_config(config, places, log.warning)
 
     setting = Setting(
@@ -16913,21 +17649,23 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         key=api_key(places.env),
         models_ini=places.models_ini,
         reload=reload,
-        unserved=Unserved(plan),
+        unserved=functools.partial(unserved_tiers, plan),
         remedy=remedy,
         env=places.env,
         record=record,
         foreign_logs=(places.log("llama-swap.log"),),
     )
     app = RouterApp(plan.config, behind, log, setting)
-    app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    # The page shows downloads; the router itself knows nothing of them.
+    sources = app.events.sources
+    sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
-def listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Server:
     """A listening server. Errors: UserError, who has the port."""
     try:
-        return make_server(host, port, app)
+        return Server(host, port, app)
     except OSError as exc:
         # Who holds the port helps more than the number of the error.
         holder = exc.strerror
@@ -16941,8 +17679,12 @@ class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
 
 
-def _on_signals(hangup: Callable[[], None],
-                shutdown: Callable[[], None] = lambda: None) -> None:
+def _nothing() -> None:
+    """What a signal sets off where there is nothing to do."""
+
+
+def _on_signals(hangup: Callable[[], None] = _nothing,
+                shutdown: Callable[[], None] = _nothing) -> None:
     """TERM ends the server loop; HUP ends nothing.
 
     A terminal that closes takes no daemon with it.
@@ -16960,12 +17702,12 @@ def _on_signals(hangup: Callable[[], None],
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Server, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
     # Once a second the loop also does the housekeeping of its application.
     try:
-        server.serve_forever(1.0)
+        server.serve_forever()
     finally:
         app.log.flush()
         server.server_close()
@@ -16983,7 +17725,9 @@ def _ignore_signals() -> None:
 
 def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that do not ask the router."""
-    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+    others = dict(env)
+    others.pop("LLMSTACK_API_KEY", None)
+    return others
 
 
 class ServerCommands:
@@ -16991,8 +17735,11 @@ class ServerCommands:
 
     def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
                  parks: bool) -> None:
-        self._data, self._config, self._log = places.data, config, log
-        self._drafts, self._parks = drafts, parks
+        self._places = places
+        self._config = config
+        self._log = log
+        self._drafts = drafts
+        self._parks = parks
         self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
         self._probing = threading.Lock()
 
@@ -17002,20 +17749,26 @@ class ServerCommands:
         Errors: UserError.
         """
         with self._probing:
-            if server not in self._refused:
-                refused = probe_flags(server, self._config, self._data)
+            refused = self._refused.get(server)
+            if refused is None:
+                refused = probe_flags(server, self._config, self._places.data)
                 self._refused[server] = refused
                 for said in refused_settings(self._config, refused):
                     self._log.warning(said)
-            return self._refused[server]
+            return refused
 
     def __call__(self, tier: Tier, port: int) -> List[str]:
         """Errors: UserError."""
-        config, data = self._config, self._data
-        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        config = self._config
+        env = self._places.env
+        data = self._places.data
+        # A tier may name a llama-server of its own.
+        own = tier_config(config, tier)
+        server = find_llama_server(own, env, data)
         refused = self._refused_by(server)
-        identity = probe_identity(tier, config, os.environ, data)
-        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        identity = probe_identity(tier, config, env, data)
+        ready = ready_tier(tier, env)
+        ready = self._drafts.choose(tier, ready, identity)
         words = server_command(server, ready, config, port, refused)
         if self._parks and "--slot-save-path" not in refused:
             words += parking_flags(data)
@@ -17024,41 +17777,69 @@ class ServerCommands:
 
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
+    env = places.env
+    data = places.data
+    program = find_llama_server(config, env, data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ)
+    fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
+    parking = open_parking(data, config, log)
     parks = parking is not None and parking.parks
     command = ServerCommands(places, config, log, drafts, parks)
 
     def log_path(name: str) -> str:
         return places.log(f"{name}.log")
 
+    budget = f"{machine.budget_gb:.1f} GB ({machine.source})"
     server = " ".join(program) or "no"
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    log.info(f"memory budget {budget}, {server} server")
     plan = EnginePlan(
-        env=_without_our_key(os.environ),
+        env=_without_our_key(env),
         budget_gb=machine.budget_gb,
         fits=fits,
-        proxy=plan_proxy(places, config, os.environ),
+        proxy=plan_proxy(places, config, env),
         parking=parking,
         budgets_gb=machine.budgets_gb,
     )
     engine = Engine(config, command, log, log_path, plan)
-    return EngineApp(engine, log, MemoryWatch(machine))
+    watch = MemoryWatch(machine)
+    return EngineApp(engine, log, watch)
+
+
+def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> Optional[SwapBays]:
+    """The parking of llama-swap's models; None where there can be none. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    parking = open_parking(data, config, log)
+    if parking is None or not program:
+        return None
+    server = Binary(program, probe_flags(program, config, data))
+    if not _can_park(config, server):
+        return None
+
+    def identify(tier: Tier) -> str:
+        own = tier_config(config, tier)
+        program = find_llama_server(own, env, data)
+        ready = _ready_for_swap(tier, env)
+        refused = probe_flags(program, config, data)
+        # A port makes no difference to what is parked.
+        words = server_command(program, ready, config, 0, refused)
+        weights = weights_for(tier)
+        return parking_identity(words, cached_model(weights, env), env)
+
+    return SwapBays(parking, local_tiers(config), identify, log)
 
 
 def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data = places.data
-    env = _without_our_key(os.environ)
+    env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env)
     if proxy:
+        # llama-swap hands its own environment down to LiteLLM.
         env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    # llama-swap's key, and that of its servers.
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()
+    data = places.data
     path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
@@ -17067,48 +17848,39 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
 
     for said in refused_notes(config, env, data):
         log.warning(said)
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
-    def identify(tier: Tier) -> str:
-        own = find_llama_server(tier_config(config, tier), env, data)
-        ready = _ready_for_swap(tier, env)
-        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
-        return parking_identity(words, cached_model(weights_for(tier), env), env)
-
-    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
-        bays = SwapBays(parking, local_tiers(config), identify, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
-
-
-def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
-    """What is behind the router. Errors: UserError."""
-    if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, log, drafts)
-    return _embedded_app(plan.places, plan.config, log, drafts)
+    bays = _swap_bays(data, config, env, log)
+    output = places.log("llama-swap.log")
+    return SwapApp(config, command, env, log, output, bays)
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    drafts = Drafts(plan.places.data, engine_log)
-    behind = _engine_app(plan, engine_log, drafts)
+    places = plan.places
+    config = plan.config
+    drafts = Drafts(places.data, engine_log)
+    make_engine: Callable[..., Behind] = _embedded_app
+    if plan.kind == "llama-swap":
+        make_engine = _swap_app
+    behind = make_engine(places, config, engine_log, drafts)
     app = router_app(plan, behind, log)
-    app.events.hearers.append(drafts.hear)
-    app.events.sources.append(lambda: {"drafting": drafts.said()})
+    events = app.events
+    events.hearers.append(drafts.hear)
+    events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         # From here on there are children to end.
-        _on_signals(lambda: None)
-        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        _on_signals()
+        engine_server = listen("127.0.0.1", config.engine_port, behind)
         server = listen(plan.host, plan.port, app)
-        behind.page_url = base_url(plan.host, server.server_port) + "/"
+        # Where any port will do, it is known only now.
+        page = base_url(plan.host, server.server_port)
+        behind.page_url = f"{page}/"
         behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
+        in_background("engine", engine_server.serve_forever)
         log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
         run_until_signal(server, app)
     finally:
         _ignore_signals()
+        # Here the models are parked and end; it may take as long as the slowest.
         behind.close()
 
 

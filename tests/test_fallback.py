@@ -56,7 +56,7 @@ class Routed:
         self.log = HeardLog()
         self.app = llmstack.RouterApp(stage.config, stage.app, self.log,
                                       llmstack.Setting(**settings))
-        self.server = llmstack.make_server("127.0.0.1", 0, self.app)
+        self.server = llmstack.Server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
         self.calls: List[Call] = []

@@ -313,7 +313,7 @@ def test_each_header_is_read_once(project: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(read) == 2
 
 
-@pytest.mark.parametrize("record", ["", "[]", '{"X": 5}', '{"X": ["1:1", "many"]}', '{"X": ["S", -4]}', "\x00"])
+@pytest.mark.parametrize("record", ["", "[]", '{"X": 5}', '{"X": ["1:1", 4096]}', '{"X": {"stamp": 5}}', "\x00"])
 def test_a_broken_record_is_written_anew(project: Any, record: str) -> None:
     places = project()
     path = llmstack.load_config(places).tiers[0].path
