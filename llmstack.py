@@ -1147,6 +1147,7 @@ class Decision(NamedTuple):
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    barred: Mapping[str, str] = {}              # of these, those that cannot answer
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
     held: bool = True                           # by a tier at least
@@ -1236,7 +1237,7 @@ class Decision(NamedTuple):
             wide=max(facts.wide - fewer, 0),
             classes=max(facts.classes - fewer, 0),
             turns=facts.turns + more)
-        return decide(changed, self.config, self.down).tier
+        return decide(changed, self.config, self.down, self.barred).tier
 
     @property
     def nearest(self) -> str:
@@ -1299,6 +1300,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         facts=facts,
         config=config,
         down=down,
+        barred=barred,
         preference=order,
         held=bool(holds),
     )
@@ -5904,18 +5906,25 @@ def tokens_said(said: bytes) -> Counts:
 # llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
-    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
-    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
-    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+    r"|prompt is too long|maximum (?:context|prompt) length|exceed context limit"
+    r"|exceeds? the (?:available|model's) context"
+    r"|longer than the (?:model's context|maximum model length)"
+    r"|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context|allowed length \([0-9]+ tokens)"
+    r"|too many tokens", re.IGNORECASE)
+# The prompt's own count comes before one that has the answer's room in it.
 _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r'"n_prompt_tokens"\s*:\s*([0-9]+)',
     r"request \(([0-9]+) tokens\)",
     r"prompt is too long: ([0-9]+) tokens",
+    r"exceed context limit: ([0-9]+)",
     r"resulted in ([0-9]+) tokens",
+    r"([0-9]+) (?:in the messages|in your prompt|of text input|tokens from the input)",
     r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
-    r"\(([0-9]+) in the messages",
     r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
-    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+    r"prompt \(length ([0-9]+)\)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens",
+    r"input token count \(([0-9]+)\)"))
 
 
 def prompt_tokens_said(status: int, text: str) -> int:
@@ -9753,8 +9762,7 @@ class _Answer:
 # The first event of a stream that is no comment, whole.
 _EVENT = re.compile(
     rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(
-    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
@@ -9774,9 +9782,24 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     return payload
 
 
+def _says_error(event: bytes) -> bool:
+    """Whether an event is an error, in any of the shapes that servers and providers give it."""
+    if event.startswith((b"event: error", b"event:error")):
+        return True
+    found = _EVENT_JSON.search(event)
+    if b"error" not in event or found is None:
+        return False
+    try:
+        said = json.loads(found.group(1))
+    except (ValueError, RecursionError):        # cut short: it is longer than errors are
+        return False
+    failed = said.get("type") in ("error", "response.failed")
+    return failed or said.get("object") == "error" or bool(said.get("error"))
+
+
 def event_error(event: bytes) -> int:
     """The status that an error event stands for, 0 for an event that is none."""
-    if not _ERROR_EVENT.search(event):
+    if not _says_error(event):
         return 0
     code = _ERROR_CODE.search(event)
     return int(code.group(1)) if code else 500
@@ -10792,11 +10815,6 @@ class Counters:
                 self._seconds[name] = 0.0
                 self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
 
-    def count_left(self, tier: str) -> None:
-        """Count a request whose client has left before its end."""
-        with self._lock:
-            self._add("llmstack_requests_total", (tier, "", "left"), 1)
-
     def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
         key = (name, labels)
         self._sums[key] = self._sums.get(key, 0) + by
@@ -11459,7 +11477,7 @@ class Snapshot(NamedTuple):
     names: Tuple[str, ...]                      # patterns for this machine's own
 
 
-_MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
+_MODELS_PATH = re.compile(r"/+(?:v1/+)*models/*(?:(?<=/)(.+))?\Z")   # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 _OF_THE_CLIENT = frozenset({
@@ -12222,10 +12240,6 @@ class RouterApp(App):
         self._ongoing[number] = client, asked
         try:
             self._answer_asked(client, asked)
-        except ClientGone:
-            if asked.tier:
-                self.events.counters.count_left(asked.tier)
-            raise
         finally:
             del self._ongoing[number]
 
@@ -12288,22 +12302,31 @@ class RouterApp(App):
 
     def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
-        if route.refused[0]:
-            raise HttpError(*route.refused)
         facts: Optional[Facts] = None
-        if asked.path in STREAM_ENDS:
+        if asked.path in _CANONICAL_PATHS:
             try:
                 facts = read_facts(asked.path, asked.values)
             except RecursionError:              # the upstream may take it all the same
                 pass
-        looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
+
+        def note(outcome: Outcome) -> None:
+            if facts:
+                self._note(asked, record_row(facts, asked.path, name, outcome), ())
+
+        if route.refused[0]:
+            note(Outcome("refused", route.refused[0]))
+            raise HttpError(*route.refused)
+        looks = asked.look_at_prompt if facts else None
+        try:
+            outcome = self._ask(client, asked, route, headers=looks)
+        except ClientGone:
+            note(Outcome("left"))
+            raise
         if outcome.state == "done" and outcome.status < 400:
             self._breaker.answered(name)
+        note(outcome)
         self._finish(client, outcome, f"{asked.path} {name}", route)
-        if facts:
-            self._note(asked, record_row(facts, asked.path, name, outcome), ())
 
     def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
         """What a request leaves behind on the tier of its conversation's last turn."""
@@ -12332,7 +12355,7 @@ class RouterApp(App):
             cost_s = round(asked.leaving.cost_s, 1)
             row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
         answered = row["ended"] == "done" and row["status"] < 400
-        if answered and row["truth"]:
+        if answered and row["truth"] and row["output"]:     # one that only counts holds nothing
             held = row["truth"] + row["output"]
             self._conversations.answered(asked.thread, tier, held, now)
 
@@ -12404,14 +12427,18 @@ class RouterApp(App):
         if descent.fallbacks:
             ended += f"; fell back {', '.join(descent.fallbacks)}"
         self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
-        self._finish(client, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
+        self._note_descent(descent, outcome)
+        self._finish(client, outcome, what, descent.route, descent.headers)
+
+    def _note_descent(self, descent: Descent, outcome: Outcome) -> None:
+        asked, decision = descent.asked, descent.decision
         row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
         row["rung"] = decision.rung
-        row["reason"] = reason
+        row["reason"] = descent.reason
         row["passed_over"] = decision.passed_over
         self._note(asked, row, descent.fallbacks)
 
@@ -12442,6 +12469,7 @@ class RouterApp(App):
             ms = (time.monotonic() - asked.began_s) * 1000
             self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
                           f" the client left after {ms:,.0f} ms")
+            self._note_descent(descent, Outcome("left"))
             raise
 
     def _ask(self, client: Client, asked: Asked, route: Route,
@@ -15598,7 +15626,8 @@ class EngineApp(Behind):
 
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         entries = []
-        for tier in self.engine.config.tiers:
+        config = with_served_contexts(self.engine.config, self.contexts())
+        for tier in config.tiers:
             model = self.engine.find(tier.name)
             if model is None:
                 continue
