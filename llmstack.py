@@ -2995,6 +2995,7 @@ _SWAP_MODEL = """
     proxy: "http://127.0.0.1:${{PORT}}"
     ttl: {ttl}
     concurrencyLimit: 512         # 0 would mean 10, then a surprise 429
+    timeouts: {{idleConn: 3}}       # llama-server closes after 5 s: a request then gets a 502
 """
 
 # What llama-swap hands on in its own list of models.
@@ -3017,6 +3018,7 @@ _SWAP_PROXY = """
     checkEndpoint: {health}
     ttl: 0
     concurrencyLimit: 512
+    timeouts: {{idleConn: 3}}       # as of llama-server: uvicorn closes after 5 s
     aliases: {aliases}
 """
 
@@ -9331,6 +9333,7 @@ class Upstream:
 
     timeout_s: float = CONNECT_TIMEOUT_S
     key = ""                                    # that it wants, as a Bearer token
+    is_gateway = False                          # a 502 without a body says that nobody answered it
 
     def __init__(self, host: str, port: int, prefix: str = "", tls: bool = False) -> None:
         self.host, self.port, self._tls = host, port, tls
@@ -9990,13 +9993,22 @@ class _Relay:
         """(connection, what exchange() returns). Errors: those of exchange(), OSError."""
         self._sock, reused = upstream.checkout(self._client)
         try:
-            return self._sock, self.exchange(self._sock)
+            return self._sock, self._answered(upstream)
         except _NoAnswer:
-            if not reused:
+            if not (reused or upstream.is_gateway):
                 raise
         self._sock.close()                      # a kept connection that died silently: once more
         self._sock = upstream.connect(self._client)
-        return self._sock, self.exchange(self._sock)
+        return self._sock, self._answered(upstream)
+
+    def _answered(self, upstream: Upstream) -> Tuple[_Receiver, Response, bytes]:
+        """What exchange() returns. Errors: its own, _NoAnswer also where a gateway had none."""
+        assert self._sock is not None
+        receiver, response, data = self.exchange(self._sock)
+        empty = response.framing == "length" and not response.length
+        if upstream.is_gateway and response.status == 502 and empty:
+            raise _NoAnswer
+        return receiver, response, data
 
     def _begin(self) -> None:
         """The answer goes on to the client: no other tier is asked any more."""
@@ -10535,6 +10547,7 @@ class Behind(App):
     page_url = ""                               # of the router's page
     has_others = False                          # it may serve models that models.ini does not name
     loading_state = "visible"                   # how a stream that waits is told so, see Config
+    judge: Optional[Callable[[int, str], bool]] = None  # of its errors: see Terms
 
     @property
     def nobody(self) -> str:
@@ -10572,7 +10585,8 @@ class Behind(App):
         path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
+        terms = Terms(drop=drop, judge=self.judge, ends=STREAM_ENDS.get(path, ()),
+                      waiting=waiting.tell)
         pieces = [body] if body else []
         return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
@@ -14773,6 +14787,24 @@ class EnginePlan(NamedTuple):
     budgets_gb: Needs = ()                      # of each memory; (): there is one
 
 
+class Capacity(NamedTuple):
+    """What a server holds at once: conversations, and the tokens of each; 0 where it tells none."""
+
+    count: int = 0
+    tokens: int = 0
+
+
+def told_capacity(tier: Tier, server: Upstream, log: Log) -> Capacity:
+    """What a ready server says of itself: slots may share what ctx_size says, or fewer tokens fit."""
+    told = asked_json(server, "/props")
+    settings = dict_of(told.get("default_generation_settings"))
+    tokens = _quantity(settings.get("n_ctx"))
+    if 0 < tokens < tier.ctx_size:
+        log.warning(f"{tier.name}: its server holds {tokens:,} tokens a conversation,"
+                    f" ctx_size says {tier.ctx_size:,}")
+    return Capacity(_quantity(told.get("total_slots")), tokens)
+
+
 class Engine:
     """Starts and stops llama-server processes so that what is loaded fits in memory.
 
@@ -14820,7 +14852,7 @@ class Engine:
             known = ", ".join(self.models) or "none"
             what = f"no model {name!r}"
             if not name:
-                what = "no such path here, and no model named in the request"
+                what = "no model is named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
         return Ticket(self, model)
 
@@ -15290,17 +15322,9 @@ class Engine:
         return True
 
     def _learn_context(self, model: Model) -> None:
-        """What a conversation may hold: slots may share what ctx_size says, or fewer tokens fit."""
         if model.proxy or model.upstream is None:
             return
-        told = asked_json(model.upstream, "/props")
-        settings = dict_of(told.get("default_generation_settings"))
-        tokens = _quantity(settings.get("n_ctx"))
-        wanted = model.tier.ctx_size
-        if 0 < tokens < wanted:
-            self._log.warning(f"{model.name}: its server holds {tokens:,} tokens a conversation,"
-                              f" ctx_size says {wanted:,}")
-        model.context = tokens
+        model.context = told_capacity(model.tier, model.upstream, self._log).tokens
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -15571,6 +15595,40 @@ class MemoryWatch:
         return self._pressure
 
 
+_MODELS = "/v1/models/"                         # then the name of one
+
+
+def canonical_request(request: Request) -> Request:
+    """A request with its path as the router reads it: one for inference, or the list of models."""
+    path, mark, query = request.target.partition("?")
+    meant = ""
+    if request.method == "POST":
+        meant = inference_path(path)
+    listing = _MODELS_PATH.match(unquoted(path))
+    if listing is not None and request.method in ("GET", "HEAD"):
+        meant = _MODELS + (listing[1] or "")
+        meant = meant.rstrip("/")
+    if not meant:
+        return request
+    return request._replace(target=meant + mark + query)
+
+
+def listed_model(listing: Mapping[str, Any], name: str) -> Dict[str, Any]:
+    """The entry of a list of models that has this name. Errors: HttpError 404, KeyError."""
+    for entry in map(dict_of, listing["data"]):
+        if entry.get("id") == name:
+            return entry
+    raise HttpError(404, f"there is no model {name[:200]!r} here", "not_found")
+
+
+def no_such_path(request: Request) -> HttpError:
+    """The 404 for a path that neither we nor what is behind us know."""
+    path = request.target.partition("?")[0]
+    host = request.header(b"host") or "127.0.0.1"
+    return HttpError(404, f"no such path: {path[:200]}; base URL is http://{host}/v1, and the paths"
+                          " of a model's own server are below /upstream/MODEL", "not_found")
+
+
 class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
@@ -15641,6 +15699,7 @@ class EngineApp(Behind):
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
+        request = canonical_request(request)
         path, mark, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
@@ -15659,9 +15718,8 @@ class EngineApp(Behind):
             named = values.get("model")
             if isinstance(named, str):
                 name = named
-        if name and is_auto(name):
-            raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
-                                 " chat is posted to /v1/chat/completions", "not_found")
+        if is_auto(name) and not inference_path(path):
+            raise no_such_path(request)
         tier = self.engine.config.by_name(name)
         # LiteLLM knows no aliases.
         if body and tier and tier.backend == "litellm":
@@ -15684,9 +15742,13 @@ class EngineApp(Behind):
             # llama-swap's page is here; ours is the router's.
             where = f"Location: {self.page_url}\r\n"
             client.reply(307, b"", _PLAIN, where.encode())
-        elif path.rstrip("/") in ("/v1/models", "/models"):
+        elif path == "/v1/models":
             listing = self.models(request, frozenset())
             client.reply_json(listing)
+        elif path.startswith(_MODELS):
+            listing = self.models(request, frozenset())
+            entry = listed_model(listing, path[len(_MODELS):])
+            client.reply_json(entry)
         elif path == "/running":
             client.reply_json({"running": self.engine.running()})
         else:
@@ -15720,7 +15782,11 @@ class EngineApp(Behind):
 # LLAMA-SWAP
 # ==================================================================================================
 # llama-swap is the engine where it is found. It runs behind a listener of ours, on a port and with
-# a key that nobody else knows; what our engine does beyond it (parking) is done around it here.
+# a key that nobody else knows; what our engine does beyond it is done around it here: parking, what
+# is said to a stream that waits, and what a conversation may hold.
+#
+# llama-swap says of a model what state it is in, and not who waits for what. That follows from the
+# requests that are under way here (SwapApp.stage): all that are asked of it come by this listener.
 
 
 def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
@@ -15766,6 +15832,35 @@ class Settling:
     def __init__(self) -> None:
         self.done = threading.Event()           # restored, or cannot be
         self.bay: Optional[Bay] = None
+        self.leases = 0                         # requests that wait for it, or are under way
+        self.hold: Optional[socket.socket] = None
+
+    def let_go(self) -> None:
+        """Let llama-swap stop the model again, once nothing else is asked of it."""
+        if self.hold is not None:
+            self.hold.close()
+            self.hold = None
+
+
+def hold_model(swap: Upstream, name: str) -> socket.socket:
+    """Have a model loaded, and kept until the connection is closed. Errors: OSError.
+
+    llama-swap stops no model that has a request under way, and this one does not end: its body
+    never comes. It is a GET, of which llama-swap reads no body before it passes it on.
+    """
+    sock = swap.connect()
+    lines = [
+        f"GET {swap.prefix}/upstream/{name}/health HTTP/1.1".encode("latin-1"),
+        b"Host: " + swap.authority,
+        b"Authorization: Bearer " + swap.key.encode(),
+        b"Content-Length: 1",
+    ]
+    try:
+        sock.sendall(b"\r\n".join(lines) + b"\r\n\r\n")
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 class SwapBays:
@@ -15775,6 +15870,10 @@ class SwapBays:
     first request since a load waits while llama-swap is asked for the model's /health, which loads
     it, and what is parked is restored. Before it stops a model, its cmdStop (share/guests/park.py)
     asks for /llmstack/park/MODEL here.
+
+    Between the two the model has to be held: it would be idle, and go at once where another waits
+    for its memory, which is settled in the same way. Two that wait for each other's took turns at
+    loading: 20 s where one load took 8.
     """
 
     def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
@@ -15795,10 +15894,19 @@ class SwapBays:
             if known is None:
                 known = self._settling[name] = Settling()
                 in_background(f"restore {name}", self._restore, name, swap, known)
+            known.leases += 1
             return known
+
+    def leave(self, settling: Settling) -> None:
+        """A request has ended that had waited: whoever waited beside it has been asked, too."""
+        with self._lock:
+            settling.leases -= 1
+            if settling.done.is_set() or not settling.leases:
+                settling.let_go()
 
     def _restore(self, name: str, swap: Upstream, settling: Settling) -> None:
         try:
+            settling.hold = hold_model(swap, name)
             settling.bay = self._restored_bay(name, swap)
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
@@ -15808,7 +15916,9 @@ class SwapBays:
             with self._lock:
                 if settling.bay is None and self._settling.get(name) is settling:
                     del self._settling[name]
-            settling.done.set()
+                settling.done.set()
+                if not settling.leases:
+                    settling.let_go()
 
     def _restored_bay(self, name: str, swap: Upstream) -> Optional[Bay]:
         tier = self._tiers[name]
@@ -15867,19 +15977,21 @@ class SwapBays:
 class SwapLease(Lease):
     """A request's place at llama-swap, which loads what it is asked for."""
 
-    def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
-        super().__init__(upstream)
-        self._model = model
-        self._settling: Optional[Settling] = None
-        if bays:
-            self._settling = bays.settle(model, upstream)
+    def __init__(self, app: SwapApp, model: str) -> None:
+        super().__init__(app.upstream)
+        self.model = model
+        self._app = app
+        self._settling = app.enter(self)
+
+    @property
+    def is_settled(self) -> bool:
+        return self._settling is None or self._settling.done.is_set()
 
     def ready(self) -> bool:
-        if self._settling is None:
-            return True
-        if not self._settling.done.is_set():
+        if not self.is_settled:
             return False
-        self.bay = self._settling.bay
+        if self._settling is not None:
+            self.bay = self._settling.bay
         return True
 
     def wait(self, seconds: float) -> None:
@@ -15887,13 +15999,24 @@ class SwapLease(Lease):
             self._settling.done.wait(seconds)
 
     def stage(self) -> str:
-        assert self.upstream is not None
-        states = running_states(self.upstream)
-        if states is None or self._model not in states:
-            return f"waiting for llama-swap to load {self._model}"
-        if states[self._model] == "ready":
-            return ""
-        return f"loading {self._model}"
+        return self._app.stage(self)
+
+    def asks(self, target: str, body: Sequence[bytes]) -> None:
+        super().asks(target, body)
+        self._app.learn(self.model)
+
+    def answered(self, outcome: Outcome) -> None:
+        super().answered(outcome)
+        # Where nothing is parked, the model was not loaded before.
+        self._app.learn(self.model)
+
+    def end(self) -> None:
+        self._app.leave(self, self._settling)
+
+
+def unknown_to_swap(status: int, text: str) -> bool:
+    """Whether llama-swap has no such path: what it says then is no API's error."""
+    return status == 404 and text.startswith("404 page not found")
 
 
 class SwapApp(UpstreamApp):
@@ -15912,10 +16035,18 @@ class SwapApp(UpstreamApp):
         super().__init__(Upstream("127.0.0.1", port), log)
         self.upstream.key = env["LLAMA_API_KEY"]
         self.address = "llama-swap"
+        self.upstream.is_gateway = True
+        self.loading_state = config.loading_state
+        self.judge = unknown_to_swap
+        self.sets: Sequence[ResidencySet] = ()  # of models that may be loaded together
+        self._tiers = {tier.name: tier for tier in local_tiers(config)}
+        self._capacity: Dict[str, Capacity] = {}
+        self._known: Set[str] = set()           # models asked for it since their load
+        self._leases: List[SwapLease] = []      # requests under way, the oldest first
         self._models: Dict[str, str] = {}       # every name of a tier -> llama-swap's model
         for tier in litellm_tiers(config):
             self._models.update(dict.fromkeys(tier.names, PROXY))
-        for tier in local_tiers(config):
+        for tier in self._tiers.values():
             self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
         self._command = command(port)
@@ -15963,6 +16094,7 @@ class SwapApp(UpstreamApp):
         stop_members(stack_members(_mark_in(self._env)))
         if self._bays:
             self._bays.forget_all()
+        self._known.clear()
         try:
             self._spawn()
         except UserError as exc:
@@ -16007,19 +16139,125 @@ class SwapApp(UpstreamApp):
     def lease(self, name: str) -> Lease:
         # llama-swap says itself that it has no model of a name that is no tier's.
         model = self._models.get(name, name)
-        return SwapLease(self.upstream, model, self._bays)
+        return SwapLease(self, model)
+
+    def enter(self, lease: SwapLease) -> Optional[Settling]:
+        """Count a request as under way; what it has to wait for before it is asked, if anything."""
+        self._leases.append(lease)
+        if self._bays is None:
+            return None
+        return self._bays.settle(lease.model, self.upstream)
+
+    def leave(self, lease: SwapLease, settling: Optional[Settling]) -> None:
+        self._leases.remove(lease)
+        if self._bays is not None and settling is not None:
+            self._bays.leave(settling)
+
+    # ---- what its servers hold
+
+    def learn(self, name: str) -> None:
+        """Have a model's server asked, once a load, what it holds; nobody waits for that."""
+        tier = self._tiers.get(name)
+        if tier is None or name in self._known:
+            return
+        self._known.add(name)
+        in_background(f"ask {name}", self._ask_capacity, tier)
+
+    def _ask_capacity(self, tier: Tier) -> None:
+        port = ready_port(self.upstream, tier.name)
+        if not port:                            # it is loading: the next to look asks again
+            self._known.discard(tier.name)
+            return
+        server = Upstream("127.0.0.1", port)
+        # llama-swap's servers have its key.
+        server.key = self.upstream.key
+        self._capacity[tier.name] = told_capacity(tier, server, self.log)
+
+    def contexts(self) -> Dict[str, int]:
+        told = list(self._capacity.items())
+        return {name: capacity.tokens for name, capacity in told if capacity.tokens}
+
+    # ---- what is waited for
+
+    def stage(self, lease: SwapLease) -> str:
+        """What a request waits for, in words; "" once its model is at work on it."""
+        name = lease.model
+        states = running_states(self.upstream) or {}
+        state = states.pop(name, "stopped")
+        if state == "starting":
+            return f"loading {name}"
+        if state == "stopping":
+            return f"waiting for {name} to stop before it can load again"
+        if state == "ready":
+            return self._stage_when_ready(lease)
+        others = {other: told for other, told in states.items() if self._excludes(name, other)}
+        busy = {under_way.model for under_way in list(self._leases)}
+        finish = [other for other in others if others[other] == "ready" and other in busy]
+        if finish:
+            return f"waiting for {', '.join(finish)} to finish before {name} can load"
+        leaving = [other for other in others if others[other] == "stopping"]
+        if leaving:
+            return f"unloading {', '.join(leaving)} to load {name}"
+        first = [other for other in others if others[other] == "starting"]
+        if first:
+            return f"queued for {name} behind {', '.join(first)}, which loads first"
+        return f"waiting for llama-swap to load {name}"
+
+    def _stage_when_ready(self, lease: SwapLease) -> str:
+        name = lease.model
+        if not lease.is_settled:
+            return f"restoring what was parked of {name}"
+        under_way = [other for other in list(self._leases) if other.model == name]
+        earlier = under_way.index(lease)
+        places = self._capacity.get(name, Capacity()).count
+        if 0 < places <= earlier:
+            return f"queued for {name} behind {earlier} requests"
+        return ""
+
+    def _excludes(self, name: str, other: str) -> bool:
+        """Whether two models are never loaded together."""
+        if PROXY in (name, other):
+            return False
+        return not any({name, other}.issubset(group.tiers) for group in self.sets)
+
+    # ---- paths
+
+    def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
+                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
+        outcome = super().relay_over(lease, client, request, body, drop, stream)
+        if outcome.state == "rejected" and outcome.status == 404:
+            raise no_such_path(request)
+        return outcome
 
     def pass_on(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
-        is_park = request.method == "POST" and request.target.startswith(park)
-        if self._bays and is_park:
-            name = request.target[len(park):]
-            self._bays.park(name)
+        if request.method == "POST" and request.target.startswith(park):
+            self._park(request.target[len(park):])
             client.reply(200, b"OK", _PLAIN)
             return
+        request = canonical_request(request)
+        if request.target.startswith(_MODELS):
+            self._reply_model(client, request, drop)
+            return
         super().pass_on(client, request, body, drop)
+
+    def _park(self, name: str) -> None:
+        self._known.discard(name)
+        if self._bays is not None:
+            self._bays.park(name)
+
+    def _reply_model(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
+        """The entry of one model, which llama-swap answers for all alone. Errors: HttpError."""
+        path, mark, query = request.target.partition("?")
+        every = request._replace(target=_MODELS.rstrip("/") + mark + query)
+        try:
+            listing = self.models(every, drop)
+            entry = listed_model(listing, path[len(_MODELS):])
+        except _NO_LISTING:
+            raise HttpError(502, self.nobody, "upstream_error") from None
+        client.reply_json(entry)
 
 
 # ==================================================================================================
@@ -16207,8 +16445,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 
 
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
-                    path: str, drafts: Drafts) -> None:
-    """Write llama-swap's configuration for this machine. Errors: UserError."""
+                    path: str, drafts: Drafts) -> List[ResidencySet]:
+    """Write llama-swap's configuration for this machine; its sets. Errors: UserError."""
     env = places.env
     data = places.data
     local = local_tiers(config)
@@ -16244,6 +16482,7 @@ def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
     )
     text = render_llama_swap_yaml(plan)
     write_atomic(path, text)
+    return residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -18153,7 +18392,7 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
     env["LLAMA_API_KEY"] = os.urandom(16).hex()
     data = places.data
     path = places.in_state("llama-swap.yaml")
-    write_swap_yaml(places, config, proxy, path, drafts)
+    sets = write_swap_yaml(places, config, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
     def command(port: int) -> List[str]:
@@ -18163,7 +18402,9 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
         log.warning(said)
     bays = _swap_bays(data, config, env, log)
     output = places.log("llama-swap.log")
-    return SwapApp(config, command, env, log, output, bays)
+    app = SwapApp(config, command, env, log, output, bays)
+    app.sets = sets
+    return app
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
