@@ -14790,7 +14790,7 @@ class EnginePlan(NamedTuple):
 class Capacity(NamedTuple):
     """What a server holds at once: conversations, and the tokens of each; 0 where it tells none."""
 
-    count: int = 0
+    slots: int = 0
     tokens: int = 0
 
 
@@ -16190,6 +16190,10 @@ class SwapApp(UpstreamApp):
             return f"waiting for {name} to stop before it can load again"
         if state == "ready":
             return self._stage_when_ready(lease)
+        return self._stage_behind(name, states)
+
+    def _stage_behind(self, name: str, states: Mapping[str, str]) -> str:
+        """What a model that is not being loaded yet waits for, by the states of the others."""
         others = {other: told for other, told in states.items() if self._excludes(name, other)}
         busy = {under_way.model for under_way in list(self._leases)}
         finish = [other for other in others if others[other] == "ready" and other in busy]
@@ -16209,9 +16213,10 @@ class SwapApp(UpstreamApp):
             return f"restoring what was parked of {name}"
         under_way = [other for other in list(self._leases) if other.model == name]
         earlier = under_way.index(lease)
-        places = self._capacity.get(name, Capacity()).count
-        if 0 < places <= earlier:
-            return f"queued for {name} behind {earlier} requests"
+        slots = self._capacity.get(name, Capacity()).slots
+        # llama-server takes them in the order in which they come, and says nothing before.
+        if 0 < slots <= earlier:
+            return f"queued for {name} behind {earlier} of its requests"
         return ""
 
     def _excludes(self, name: str, other: str) -> bool:

@@ -134,10 +134,11 @@ def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Pa
     assert told["models"]["code-fast"] == {"state": "loading"}
     assert told["models"][llmstack.PROXY] == {"state": "not loaded"}
     assert told["parked"] == []
-    assert llmstack.SwapLease(swap.app.upstream, "code-fast").stage() == "loading code-fast"
+    assert llmstack.SwapLease(swap.app, "code-fast").stage() == "loading code-fast"
     ready = {"running": [{"model": "code-fast", "state": "ready"}]}
     up = upstream_of(peer({"/running": ready}))
-    assert llmstack.SwapLease(up, "code-fast").stage() == ""
+    calm = Swap(tmp_path, up, parks=False)
+    assert llmstack.SwapLease(calm.app, "code-fast").stage() == ""
     assert llmstack.ready_port(up, "code-fast") == 0, "it says no address"
 
 

@@ -441,6 +441,7 @@ def test_yaml_models(config: Config) -> None:
             "proxy": "http://127.0.0.1:${PORT}",
             "ttl": mine.ttl,
             "concurrencyLimit": 512,
+            "timeouts": {"idleConn": 3},
             **({"aliases": list(mine.aliases)} if mine.aliases else {}),
             "metadata": {"tier": mine.tier or mine.role, "role": mine.role, "ctx_size": mine.ctx_size, "size_gb": mine.size_gb,
                          "quant": mine.quant, "channel": "current"},
