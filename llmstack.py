@@ -14852,7 +14852,7 @@ class Engine:
             known = ", ".join(self.models) or "none"
             what = f"no model {name!r}"
             if not name:
-                what = "no model is named in the request"
+                what = "no model named in the request"
             raise HttpError(404, f"{what}; there are: {known}", "not_found")
         return Ticket(self, model)
 

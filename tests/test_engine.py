@@ -556,7 +556,6 @@ def test_the_model_in_the_body_counts_before_the_query(stage: Stage) -> None:
     ("POST", "/v1/chat/completions", [1], "no model named"),
     ("GET", "/props?model=gpt-9", None, "'gpt-9'"),
     ("GET", "/upstream/gpt-9/health", None, "'gpt-9'"),
-    ("GET", "/nothing", None, "no model named"),
 ])
 def test_an_unknown_model_is_404_and_the_known_are_named(
         stage: Stage, method: str, target: str, body: object, named: str) -> None:

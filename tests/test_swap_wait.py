@@ -422,7 +422,7 @@ def test_a_chat_that_names_no_model_has_a_path(open_stage: OpenStage) -> None:  
     call = open_stage().call().send("POST", "/v1/chat/completions", {"messages": []})
     status, said = call.answer()
     assert status == 404
-    assert said["error"]["message"].startswith("no model is named in the request; there are: ")
+    assert said["error"]["message"].startswith("no model named in the request; there are: ")
 
 
 # ---- a 502 without a body
