@@ -23,12 +23,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import pytest
 
 import llmstack
+from tests.conftest import FIRST_PORT
 from tests.noise_model import render_noise_gguf
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 DEADLINE_S = 20.0
-# Below the range that outgoing connections take theirs from, and apart from other runs of this suite.
-FIRST_PORT = 11_000 + os.getpid() % 500 * 40
 ROOT = Path(llmstack.__file__).parent
 
 

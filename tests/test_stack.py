@@ -21,7 +21,7 @@ import llmstack
 from tests.noise_model import render_noise_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = str(ROOT / "llmstack.py")
+PROGRAM = llmstack.PROGRAM
 NO_MODELS = "[hosted]\nrole = agent\nmodel = provider/some-model\n"
 
 
