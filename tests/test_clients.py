@@ -15,7 +15,6 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 
 import llmstack
-from tests.conftest import ROOT
 from tests.provider import Asked, Provider, Tool
 
 PROGRAM = llmstack.PROGRAM

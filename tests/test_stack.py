@@ -67,7 +67,9 @@ class Project:
         self.directory = Path.cwd()
         self.state = self.directory / ".llmstack"
         self.router_port, self.engine_port = free_ports(2)
-        self.defaults = f"[DEFAULT]\nengine = {engine}\nrouter_port = {self.router_port}\nengine_port = {self.engine_port}\n"
+        # Two threads would only wait for each other at models as small as the tests' own.
+        self.defaults = (f"[DEFAULT]\nengine = {engine}\nthreads = 1\n"
+                         f"router_port = {self.router_port}\nengine_port = {self.engine_port}\n")
         self.write(tiers)
 
     def write(self, tiers: str) -> None:
