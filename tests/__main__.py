@@ -180,9 +180,12 @@ def memory_disk() -> str:
 
 
 def at_once(words: list[str]) -> list[str]:
-    """What makes pytest run all tests in two processes, where no file is named and nobody debugs."""
+    """What makes pytest run all tests in processes, where no file is named and nobody debugs.
+
+    Three for two cores: one of them mostly waits, for a model to load or a download to retry.
+    """
     chosen = any(not word.startswith("-") or word in ("-n", "-s", "--pdb") for word in words)
-    return [] if chosen else ["-n", "2", "--dist", "loadgroup"]
+    return [] if chosen else ["-n", "3", "--dist", "loadgroup"]
 
 
 def main() -> int:
