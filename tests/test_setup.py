@@ -208,7 +208,7 @@ def test_on_a_terminal_it_asks_first(answer: bytes, brought: bool, home: Path, n
 
 def test_skip_wait_leaves_the_rest_to_the_background(model_hub: FakeHub, fake_swap: FakeReleases, real_data: Path,
                                                      no_server: None, capsys: pytest.CaptureFixture[str]) -> None:
-    model_hub.hold_after = 400_000                          # behind the headers, which are read first
+    model_hub.hold_after = 1000
     assert llmstack.main(["setup", "--yes", "--skip-wait", "--profile", "64"]) == 0
     found = steps(capsys.readouterr().out)
     assert found["wait for them"] == "skipped: --skip-wait"
