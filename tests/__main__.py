@@ -205,6 +205,10 @@ def main() -> int:
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
     if os.environ.get("LLMSTACK_TEST_CLIENTS") == "1":
         environment["LLMSTACK_TEST_CLIENTS"] = provision_clients()
+    # pytest rewrites each file of tests, and where it may not keep what comes out, all of them at
+    # every start of each process.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment["PYTHONPYCACHEPREFIX"] = os.path.join(cache_dir(), "bytecode")
     temporary = memory_disk()
     if temporary:
         environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)

@@ -309,7 +309,8 @@ def test_restart_with_a_broken_file_stops_nothing(project: Project, capsys: pyte
     llmstack.main(["start"])
     project.write("[broken\n")
     assert llmstack.main(["restart"]) == 2
-    assert "models.ini:5:" in capsys.readouterr().err
+    line = project.defaults.count("\n") + 1
+    assert f"models.ini:{line}:" in capsys.readouterr().err
     assert get(f"http://127.0.0.1:{project.router_port}/models.ini")[0] == 200
 
 
