@@ -22,9 +22,9 @@ import llmstack  # noqa: E402
 # Below the range that outgoing connections take theirs from, and apart from other processes that
 # run tests: the first of the ports that this one's model servers take.
 FIRST_PORT = 11_000 + os.getpid() % 500 * 40
-# The directory of the program that tests start. It goes when this process ends.
+# Where the program lies that tests start. It goes when this process ends.
 COMPILED = tempfile.TemporaryDirectory(
-    prefix="llmstack-compiled-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+    prefix="llmstack-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
 LAUNCHER = """\
 import marshal
 
@@ -40,7 +40,8 @@ def compiled_program() -> str:
     A script that is run by its path is compiled at every start, and a run of all tests starts it
     hundreds of times.
     """
-    directory = Path(COMPILED.name)
+    directory = Path(COMPILED.name, "compiled")             # which tests/sections.py knows
+    directory.mkdir()
     for name in ("extras", "models.ini", "share"):
         (directory / name).symlink_to(ROOT / name)
     source = (ROOT / "llmstack.py").read_text(encoding="utf-8")
