@@ -661,6 +661,7 @@ engine = {engine}
 router_port = {self.router}
 engine_port = {self.engine_port}
 litellm_port = {self.litellm}
+threads = 1
 
 [code-ultra]
 role = ultra
