@@ -3446,12 +3446,12 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # becomes a GgufHeader, its hyperparameters _Layers; estimate_memory sums what they take of cards
 # and host; fit_tier holds that against a Machine. No file is opened here: FIT has those.
 #
-# Weights, KV cache and recurrent state are
-# llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
-# llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
-# the widest layer, fitted to its own report for the real dimensions of 18 models of 9
-# architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those
-# (tests/test_fit.py). What CUDA adds was measured on a card (tests/test_memory.py).
+# Weights, KV cache and recurrent state are llama.cpp's own sums at b11549 (llama-hparams.cpp,
+# llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp). The
+# compute buffer is what its allocator makes of the widest layer, fitted to its own report for the
+# real dimensions of 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small
+# models and 0.5 % of those (tests/test_fit.py). What CUDA adds was measured on a card
+# (tests/test_memory.py).
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
