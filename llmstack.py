@@ -549,7 +549,9 @@ STREAM_ENDS = {
     "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"',
                      b'"type":"error"', b'"type": "error"'),
 }
+# Of a chat of OpenAI's, of Anthropic's messages, of OpenAI's responses.
 _PICTURE_KINDS = ("image_url", "image", "input_image")
+# Scripts of which a character is about a token: Thai, Chinese, Japanese, Korean, emoji and so on.
 _WIDE = re.compile(
     "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u303e\u3041-\ua4cf\ua960-\ua97f\uac00-\ud7ff"
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
@@ -563,34 +565,34 @@ _TICKS = re.compile("`+")
 
 def _without_spans(text: str) -> str:
     """A paragraph without its backticked spans; a run is closed by the next of its length."""
-    runs = [m.span() for m in _TICKS.finditer(text)]
-    later: Dict[int, List[int]] = {}            # length of a run -> its places, the last one first
-    for index in range(len(runs) - 1, -1, -1):
-        start, end = runs[index]
-        later.setdefault(end - start, []).append(index)
+    spans = []
+    last: Dict[int, int] = {}                   # length of a run -> where the last such begins
+    for run in _TICKS.finditer(text):
+        start, end = run.span()
+        length = end - start
+        if length in last:
+            spans.append((last[length], end))
+        last[length] = start
     kept = []
     done = 0
-    index = 0
-    while index < len(runs):
-        start, end = runs[index]
-        same = later[end - start]
-        while same and same[-1] <= index:
-            same.pop()
-        if same:
-            index = same.pop()
+    for start, end in sorted(spans):
+        if start >= done:                       # else its first run stands within a span
             kept.append(text[done:start])
-            done = runs[index][1]
-        index += 1
+            done = end
     kept.append(text[done:])
     return "`".join(kept)
 
 
 def _outside_code(text: str) -> str:
-    """Markdown text without fenced blocks and backticked spans, in linear time."""
+    """Markdown text without fenced blocks and backticked spans.
+
+    One pattern for all of it would take quadratic time on text that somebody has made for that.
+    """
     kept: List[str] = []
     paragraph: List[str] = []
     fence = ""
-    for line in text.splitlines():
+    # A span of code ends with its paragraph at the latest, and an empty line ends the last one.
+    for line in [*text.splitlines(), ""]:
         if fence:
             bare = line.strip(" \t>")
             if bare.startswith(fence) and not bare.strip(fence[0]):
@@ -604,7 +606,6 @@ def _outside_code(text: str) -> str:
         paragraph = []
         if opening:
             fence = opening.group(1)
-    kept.append(_without_spans("\n".join(paragraph)))
     return "\n".join(kept)
 
 
@@ -616,7 +617,8 @@ def parse_json(text: str) -> Any:
     if text[:1] == "{":
         # decode() looks for white space on both sides, each time with a pattern.
         value, end = _DECODER.raw_decode(text)
-        if end == len(text) or not text[end:].strip(" \t\r\n"):
+        behind = text[end:]
+        if not behind.strip(" \t\r\n"):
             return value
     return _DECODER.decode(text)                # its error says what is wrong
 
@@ -647,17 +649,19 @@ def inference_path(target: str) -> str:
 
 def _spellings(model: str) -> Tuple[str, str]:
     """A name in lower case without `:latest`, and the same without a provider's prefix."""
-    name = model.strip().lower()
-    if name.endswith(":latest"):
-        name = name[:-len(":latest")]
-    return name, name.rsplit("/", 1)[-1]
+    name = model.strip().lower().removesuffix(":latest")    # which Ollama's clients add
+    _, _, bare = name.rpartition("/")
+    return name, bare
 
 
 def is_auto(model: object) -> bool:
     """True for `auto` in any spelling, and for a name that is empty, null or absent."""
     if model is None or model == "auto":
         return True
-    return isinstance(model, str) and _spellings(model)[-1] in ("", "auto")
+    if not isinstance(model, str):
+        return False
+    _, bare = _spellings(model)
+    return bare in ("", "auto")
 
 
 def tier_named(config: Config, model: str) -> str:
@@ -667,8 +671,9 @@ def tier_named(config: Config, model: str) -> str:
         return tier.name
     spellings = _spellings(model)
     for tier in config.tiers:
-        if any(name.lower() in spellings for name in (tier.name, *tier.aliases)):
-            return tier.name
+        for name in tier.names:
+            if name.lower() in spellings:
+                return tier.name
     return ""
 
 
@@ -705,13 +710,16 @@ def resolve_on_path(config: Config, path: str, model: object) -> str:
     """
     role = PATH_ROLES.get(path, "")
     name = resolve_name(config, model)
-    if not role or (name and name != "auto"):
+    if not role or name not in ("", "auto"):
         return name
     tier = config.by_role(role)
-    meant = name == "auto" or (isinstance(model, str) and role in model.lower())
-    if tier is None or not meant:
+    if tier is None:
         return ""
-    return tier.name
+    if name == "auto":
+        return tier.name
+    if isinstance(model, str) and role in model.lower():
+        return tier.name
+    return ""
 
 
 def _count_wide(text: str) -> int:
@@ -744,7 +752,10 @@ class _Tally:
         text = value
         if not isinstance(text, str):
             text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        self.extra += len(text) + _count_wide(text) * (CHARS_PER_TOKEN - 1)
+        # There is one count of these: a wide character, about a token, goes in as the characters
+        # that a token has.
+        more = CHARS_PER_TOKEN - 1
+        self.extra += len(text) + _count_wide(text) * more
         self.texts.append(text)
 
     def add_content(self, content: object, depth: int = 0) -> None:
@@ -754,6 +765,7 @@ class _Tally:
         """
         if isinstance(content, str):
             self.add_text(content)
+        # No API nests deeper; a hostile body does, until Python's own stack ends.
         elif isinstance(content, list) and depth < 4:
             for part in content:
                 self._add_part(part, depth + 1)
@@ -788,6 +800,7 @@ class _Tally:
         self.add_aside(message.get("reasoning_content"))
         if message.get("type") == "function_call":
             self.add_aside(message.get("arguments"))
+        # The older API's one call stands bare where a call of tool_calls has it under a key.
         self._add_call({"function": message.get("function_call")})
         calls = message.get("tool_calls")
         if isinstance(calls, list):
@@ -810,7 +823,9 @@ def _plain_text(content: object) -> str:
         return ""
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text")
         if isinstance(text, str):
             texts.append(text)
     return "\n".join(texts)
@@ -823,15 +838,20 @@ def _is_user_turn(content: object) -> bool:
     """
     if not isinstance(content, list) or not content:
         return True
-    return not all(isinstance(p, dict) and p.get("type") == "tool_result" for p in content)
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "tool_result":
+            return True
+    return False
 
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     """The `word:` trigger that a user's message begins with, or ""."""
+    # Without a copy of a message that may have a megabyte.
     begins = user_text[:4096].lstrip().lower()
-    if begins.startswith("[") or not begins.startswith(tuple(triggers)):
-        return ""
-    return next((trigger for trigger in triggers if begins.startswith(trigger)), "")
+    for trigger in triggers:
+        if begins.startswith(trigger) and not trigger.startswith("["):
+            return trigger
+    return ""
 
 
 def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
@@ -845,13 +865,13 @@ def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
     found = [t for t in triggers if t.startswith("[") and t in lowered]
     if not found:                               # to read a text as Markdown is slow
         return ""
-    outside = _outside_code(lowered)
+    outside: Union[str, List[str]] = _outside_code(lowered)
     if alone:
-        lines = [line.strip() for line in outside.splitlines()]
-        found = [t for t in found if t in lines]
-    else:
-        found = [t for t in found if t in outside]
-    return next(iter(found), "")
+        outside = [line.strip() for line in outside.splitlines()]
+    for trigger in found:
+        if trigger in outside:
+            return trigger
+    return ""
 
 
 def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable[str]) -> str:
@@ -878,8 +898,12 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-_OUTPUT_KEYS = frozenset(
-    {"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
+_OUTPUT_KEYS = frozenset({
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n_predict",
+})
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
@@ -902,7 +926,9 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
 
     `texts` gets all that was counted, for class_tokens: the facts outlive the body.
     """
-    tally = _Tally([] if texts is None else texts)
+    if texts is None:
+        texts = []
+    tally = _Tally(texts)
     messages = _messages(body)
     turns = 0
     last: object = None
@@ -920,6 +946,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
+    # In the body's order, not the set's, which differs from process to process: class_tokens takes
+    # samples by their place.
     for key, value in body.items():
         if key not in _COUNTED_KEYS:
             continue
@@ -937,10 +965,13 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
     if triggers:
         trigger = find_trigger(triggers, _plain_text(last), map(_plain_text, systems))
     model = body.get("model")
+    fim = path == "/infill"
+    if path == "/v1/completions" and body.get("suffix"):
+        fim = True
     return Facts(
         auto=is_auto(model),
         model=model if isinstance(model, str) else "",
-        fim=path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix"))),
+        fim=fim,
         chars=tally.chars,
         wide=tally.wide,
         extra=tally.extra,
@@ -953,7 +984,14 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
 # docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
-_ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+_ASCII_RATES = {
+    "a": 0.203,
+    "A": 0.38,
+    "0": 1.05,
+    " ": 0.044,
+    "\n": 0.73,
+    "!": 0.66,
+}
 
 
 def _ascii_class(char: str) -> str:
@@ -972,12 +1010,35 @@ def _ascii_class(char: str) -> str:
 
 
 _ASCII_CLASSES = "".join(_ascii_class(chr(code)) for code in range(128))
-_WIDE_RATES = (
-    (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
-    (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
-    (0x110000, 2.34))                           # up to this code point: tokens of a character
+_WIDE_RATES = {                                 # up to this code point: tokens of a character
+    0x0370: 1.62,                               # Latin with accents, phonetic signs
+    0x0400: 0.58,                               # Greek
+    0x0590: 0.37,                               # Cyrillic, Armenian
+    0x0900: 0.46,                               # Hebrew, Arabic
+    0x0E00: 0.76,                               # of India
+    0x0F00: 0.59,                               # Thai, Lao
+    0x2000: 0.76,
+    0x2C00: 0.27,                               # punctuation, arrows, lines of tables
+    0xAC00: 0.78,                               # Chinese, Japanese
+    0xD7B0: 0.77,                               # Korean
+    0x10000: 0.78,
+    0x110000: 2.34,                             # emoji, and what is rare
+}
+_WIDE_ENDS = tuple(_WIDE_RATES)
 _NOT_ASCII = re.compile("[^\x00-\x7f]")
 _WINDOWS, _WINDOW_CHARS = 32, 256
+
+
+def _windows_of(text: str) -> str:
+    """A text of bounded length with the same mixture of characters: windows, evenly spread."""
+    if len(text) <= _WINDOWS * _WINDOW_CHARS:
+        return text
+    step = len(text) // _WINDOWS
+    windows = []
+    for number in range(_WINDOWS):
+        start = number * step
+        windows.append(text[start:start + _WINDOW_CHARS])
+    return "".join(windows)
 
 
 def class_tokens(texts: Sequence[str]) -> int:
@@ -986,20 +1047,18 @@ def class_tokens(texts: Sequence[str]) -> int:
     Within 15 % for agents' conversations at the 92nd percentile, where characters / 4 is for 25 %.
     """
     text = "\n".join(texts)
-    sample = text
-    if len(text) > _WINDOWS * _WINDOW_CHARS:
-        step = len(text) // _WINDOWS
-        starts = range(0, step * _WINDOWS, step)
-        sample = "".join([text[start:start + _WINDOW_CHARS] for start in starts])
+    if not text:
+        return 0
+    sample = _windows_of(text)
     in_ascii = sample.encode("ascii", "ignore").decode("ascii")
     classes = in_ascii.translate(_ASCII_CLASSES)
     tokens = 0.0
-    for name, rate in _ASCII_RATES:
+    for name, rate in _ASCII_RATES.items():
         tokens += classes.count(name) * rate
     for char in _NOT_ASCII.findall(sample):
-        code = ord(char)
-        tokens += next(rate for end, rate in _WIDE_RATES if code < end)
-    return int(tokens * len(text) / max(len(sample), 1))
+        place = bisect.bisect_right(_WIDE_ENDS, ord(char))
+        tokens += _WIDE_RATES[_WIDE_ENDS[place]]
+    return int(tokens * len(text) / len(sample))
 
 
 # Rung -> the role it asks for, and its reason.
@@ -1042,6 +1101,7 @@ def output_reserve(facts: Facts, tier: Tier) -> int:
     """Tokens kept free for the answer: min(max_tokens or 1,024, max_output_tokens, ctx / 4)."""
     asked = facts.max_tokens or DEFAULT_RESERVE_TOKENS
     most = tier.max_output_tokens or tier.ctx_size
+    # Some clients ask for as many as the whole context has: a prompt would have no room beside it.
     return min(asked, most, tier.ctx_size // 4)
 
 
@@ -1055,8 +1115,13 @@ LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine
 
 def _blind(config: Config) -> Dict[str, str]:
     """Tiers that take no pictures, where another tier takes them."""
-    blind = {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
-    return blind if len(blind) < len(config.ladder) else {}
+    blind = {}
+    for tier in config.ladder:
+        if not tier.takes_pictures:
+            blind[tier.name] = "it takes no pictures"
+    if len(blind) == len(config.ladder):        # one of them shall say so
+        return {}
+    return blind
 
 
 def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str]) -> List[Tier]:
@@ -1066,6 +1131,7 @@ def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str
     """
     if not down:
         return holds
+    # What is down is likelier to answer than what cannot: it may be back meanwhile.
     for avoided in (down, barred):
         left = [t for t in holds if t.name not in avoided]
         if left:
@@ -1085,15 +1151,19 @@ class Pace(NamedTuple):
         """Seconds until a prompt is read of which so many tokens are held; 0.0: not known."""
         if not self.read_per_s:
             return 0.0
-        if not (self.loaded or self.keeps):
+        load_s = self.load_s
+        if self.loaded:
+            load_s = 0.0
+        elif not self.keeps:
             held = 0
-        load_s = 0.0 if self.loaded else self.load_s
+        # A server reads the last token anew even of a prompt that it holds whole.
         return load_s + max(tokens - held, 1) / self.read_per_s
 
 
 def about_s(seconds: float) -> str:
-    digits = 0 if seconds >= 10 else 1
-    return f"about {seconds:,.{digits}f} s"
+    if seconds >= 10:
+        return f"about {seconds:,.0f} s"
+    return f"about {seconds:.1f} s"
 
 
 class Leaving(NamedTuple):
@@ -1123,6 +1193,14 @@ def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int
     return max(new_s - old_s, 0.0)
 
 
+def _change_words(fewer_tokens: int, more_turns: int) -> str:
+    if fewer_tokens:
+        return f"{fewer_tokens:,} fewer tokens"
+    if more_turns == 1:
+        return "1 more user turn"
+    return f"{more_turns} more user turns"
+
+
 class Decision(NamedTuple):
     """Where a request goes and why; log line, response headers and `why` are all made from it."""
 
@@ -1142,33 +1220,40 @@ class Decision(NamedTuple):
 
     def _why_not(self, tier: Tier) -> str:
         """Why a tier was not taken, in words."""
-        name, facts, config = tier.name, self.facts, self.config
-        routing, ladder = config.routing, config.ladder
+        name = tier.name
         if tier.role not in LADDER_ROLES:
-            return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
-        if config.local_only and tier.remote:
+            role = tier.role or "none"
+            return f"role {role} is never auto-routed; ask for it by name"
+        if self.config.local_only and tier.remote:
             return f"{name} is hosted, and {LOCAL_ONLY}"
+        facts = self.facts
         need = tokens_needed(facts, tier)
         if need > tier.ctx_size:
             return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,}"
         if name in self.down:
             return f"{name} is left alone for now: {self.down[name]}"
-        if ladder.index(tier) > ladder.index(self.chain[0]):
+        if tier not in self._above:
             return "below the tier taken"
         if facts.fim:
             return "infill goes to the fast tier"
+        routing = self.config.routing
+        count = f"{facts.tokens:,} tokens"
         if tier.role == "ultra":
-            return f"{facts.tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
-        return (f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
+            return f"{count} > {routing.high_fidelity_ceiling:,} and no trigger"
+        return (f"{count} > {routing.mid_fidelity_ceiling:,}"
                 f" and {facts.turns} user turns < {routing.multi_turn}")
 
     def _reason_of_rung(self) -> str:
         role, words = RUNGS[self.rung]
         routing, facts = self.config.routing, self.facts
         reason = words.format(
-            trigger=facts.trigger, tokens=facts.tokens, turns=facts.turns,
-            high=routing.high_fidelity_ceiling, mid=routing.mid_fidelity_ceiling,
-            floor=routing.multi_turn)
+            trigger=facts.trigger,
+            tokens=facts.tokens,
+            turns=facts.turns,
+            high=routing.high_fidelity_ceiling,
+            mid=routing.mid_fidelity_ceiling,
+            floor=routing.multi_turn,
+        )
         if self.preference[0].role != role:
             reason += f" (no {role} tier here)"
         return reason
@@ -1179,15 +1264,14 @@ class Decision(NamedTuple):
         if self.rung == "explicit":
             return "asked for by name"
         reason = self._reason_of_rung()
-        best, chosen = self.preference[0], self.chain[0]
         if self.stays:
             return f"{reason}; stays on {self.tier}, {self.stays}"
+        best, chosen = self.preference[0], self.chain[0]
         if not self.held:
             need = tokens_needed(self.facts, chosen)
-            return (f"{reason}; no tier holds {need:,} tokens,"
-                    f" {chosen.name} has the largest context")
+            return f"{reason}; no tier holds {need:,} tokens, {self.tier} has the largest context"
         if chosen is not best:
-            return f"{reason}; {self._why_not(best)}, so {chosen.name}"
+            return f"{reason}; {self._why_not(best)}, so {self.tier}"
         return reason
 
     @property
@@ -1195,9 +1279,9 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         if self.rung == "explicit":
             return {}
-        others = [t for t in self.config.tiers if t.name != self.tier]
-        refused = {t.name: self._why_not(t) for t in others}
-        if self.stays:
+        refused = {tier.name: self._why_not(tier) for tier in self.config.tiers}
+        del refused[self.tier]
+        if self.stays:                          # the rung's own choice is second then
             refused[self.chain[1].name] = f"the conversation stays on {self.tier}, {self.stays}"
         return refused
 
@@ -1220,31 +1304,32 @@ class Decision(NamedTuple):
             chars=max(chars, 0),
             wide=max(facts.wide - fewer, 0),
             classes=max(facts.classes - fewer, 0),
-            turns=facts.turns + more)
+            turns=facts.turns + more,
+        )
         return decide(changed, self.config, self.down).tier
 
     @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" where none does."""
-        facts, routing = self.facts, self.config.routing
         if self.rung in ("explicit", "fim"):
             return ""
-        above = self._above
-        too_many = [facts.tokens - routing.high_fidelity_ceiling,
-                    facts.tokens - routing.mid_fidelity_ceiling]
-        too_many += [tokens_needed(facts, tier) - tier.ctx_size for tier in above]
-        found = []
-        for fewer in too_many:
-            if fewer > 0:
-                found.append((fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0)))
-        more = routing.multi_turn - facts.turns
-        if more > 0:
-            plural = "" if more == 1 else "s"
-            found.append((more, f"{more} more user turn{plural}", self._tier_after(0, more)))
-        better = {t.name for t in above}
-        for _, words, tier in sorted(found):
-            if tier in better:
-                return f"{words} \u2192 {tier}"
+        facts, routing = self.facts, self.config.routing
+        # What is too much for a rung or for a tier's context, and what is missing for `floor`.
+        changes = [
+            (facts.tokens - routing.high_fidelity_ceiling, 0),
+            (facts.tokens - routing.mid_fidelity_ceiling, 0),
+            (0, routing.multi_turn - facts.turns),
+        ]
+        better = []
+        for tier in self._above:
+            changes.append((tokens_needed(facts, tier) - tier.ctx_size, 0))
+            better.append(tier.name)
+        for fewer, more in sorted(changes, key=sum):
+            if fewer <= 0 and more <= 0:        # that bound is not what is in the way
+                continue
+            name = self._tier_after(fewer, more)
+            if name in better:
+                return f"{_change_words(fewer, more)} \u2192 {name}"
         return ""
 
 
@@ -1270,13 +1355,16 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
+    holds = []
     tokens = facts.full_tokens                  # once, as tokens_needed counts it for each tier
-    holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
+    for tier in order:
+        if tokens + output_reserve(facts, tier) <= tier.ctx_size:
+            holds.append(tier)
     chain = _to_try(holds, down, barred)
     if not chain:
         # The largest says best how far a request is too long, and its server may count fewer.
-        able = [t for t in order if t.name not in barred] or order
-        chain = [max(able, key=lambda t: t.ctx_size)]
+        able = [tier for tier in order if tier.name not in barred] or order
+        chain = [max(able, key=lambda tier: tier.ctx_size)]
     return Decision(
         tier=chain[0].name,
         rung=rung,
@@ -1292,7 +1380,9 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
     """Whether a request brings back what a tool has said: no word of the user's is new in it."""
     messages = body.get("messages") or body.get("input")
-    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not messages or not isinstance(messages, list):
+        return False
+    last = messages[-1]
     if not isinstance(last, dict):
         return False
     kind = last.get("role") or last.get("type")
@@ -1307,12 +1397,9 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
     That one must hold it and be able to answer. A trigger and infill always have their way.
     """
     routing = decision.config.routing
-    if routing.stay == "no" or decision.rung in ("explicit", "fim", "trigger"):
+    if not leaving.tier or routing.stay == "no":
         return decision
-    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
-    if tier is None or tier.name in decision.down:
-        return decision
-    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+    if decision.rung in ("explicit", "fim", "trigger"):
         return decision
     if loop:
         why = "amid its tool calls"
@@ -1320,7 +1407,13 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
         why = f"leaving it costs {about_s(leaving.cost_s)}"
     else:
         return decision
-    others = tuple(t for t in decision.chain if t is not tier)
+    tier = decision.config.by_name(leaving.tier)
+    # A reload may have removed it, or given it a role that is not the ladder's.
+    if tier is None or tier not in decision.preference or tier.name in decision.down:
+        return decision
+    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+        return decision
+    others = [other for other in decision.chain if other is not tier]
     return decision._replace(tier=tier.name, chain=(tier, *others), stays=why)
 
 
@@ -1330,18 +1423,9 @@ _MODEL_VALUE = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(" + _STRING + rb"|null)", re.
 _OPENING = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(\}?)")
 
 
-def model_spans(body: bytes) -> List[Tuple[int, int]]:
-    """Where the value of the top-level "model" stands in a JSON object's bytes, for each time.
-
-    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling
-    anywhere is the key itself: no need to walk a 400 kB prompt.
-    """
-    key = body.rfind(b'"model"')                # on prose three times as fast as find()
-    lone = key >= 0 and body.rfind(b'"model"', 0, key) < 0
-    if lone and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
-        match = _MODEL_VALUE.match(body, key + 7)
-        return [match.span(1)] if match else []
-    spans = []
+def _model_keys(body: bytes) -> List[int]:
+    """Where each top-level string that spells "model" ends, in a JSON object's bytes."""
+    ends = []
     depth = 0
     for token in _TOKENS.finditer(body):
         text = token.group()
@@ -1349,10 +1433,30 @@ def model_spans(body: bytes) -> List[Tuple[int, int]]:
             depth += 1
         elif text in (b"}", b"]"):
             depth -= 1
+        # With each of its letters escaped it has 32 bytes; a longer one need not be decoded.
         elif depth == 1 and len(text) < 64 and json.loads(text) == "model":
-            match = _MODEL_VALUE.match(body, token.end())
-            if match:
-                spans.append(match.span(1))
+            ends.append(token.end())
+    return ends
+
+
+def model_spans(body: bytes) -> List[Tuple[int, int]]:
+    """Where the value of the top-level "model" stands in a JSON object's bytes, for each time.
+
+    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling
+    anywhere is the key itself: no need to walk a 400 kB prompt.
+    """
+    keys = []                                   # where one ends
+    key = body.rfind(b'"model"')                # on prose three times as fast as find()
+    lone = key >= 0 and body.rfind(b'"model"', 0, key) < 0
+    if lone and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
+        keys.append(key + len(b'"model"'))
+    else:
+        keys = _model_keys(body)
+    spans = []
+    for end in keys:
+        value = _MODEL_VALUE.match(body, end)
+        if value:
+            spans.append(value.span(1))
     return spans
 
 
@@ -1363,7 +1467,7 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
     are members (`"top_p":0.9`) that the body has not got; they go to its front.
     """
     value = b'"%b"' % name.encode()             # a tier's name has nothing to escape
-    view: Any = memoryview(body)
+    view: Any = memoryview(body)                # its slices are no copies of a long prompt
     pieces: List[bytes] = []
     done = 0
     if not present:
@@ -1374,6 +1478,7 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
         pieces = [view[:done], b",".join(more)]
         if not opening.group(1):                # members follow
             pieces.append(b",")
+    # A key that is there twice is changed each time: readers differ in which one counts.
     if present:
         for start, end in model_spans(body):
             pieces += [view[done:start], value]
