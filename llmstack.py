@@ -10190,27 +10190,44 @@ Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its l
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    # No value has a character that would be escaped: names of tiers, and words of ours.
     pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
     if pairs:
         name += "{" + ",".join(pairs) + "}"
     return f"{name} {value:.12g}"
 
 
-def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
-    """Each bucket counts all that is at most its limit."""
-    lines = []
-    below = 0
-    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
-    for limit, count in zip(limits, counts):
-        below += count
-        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
-    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
-    lines.append(_sample_line(f"{name}_count", (), (), below))
-    return lines
+class _Histogram:
+    """How often something has taken so many seconds. Whoever holds a lock adds and reads."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS_BUCKETS) + 1)     # the last: longer than all
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
+        self._counts[bucket] += 1
+        self._seconds += seconds
+
+    def lines(self, name: str) -> List[str]:
+        lines = []
+        total = 0                               # a bucket counts what is in those before it, too
+        limits = [f"{limit:g}" for limit in SECONDS_BUCKETS]
+        limits.append("+Inf")
+        for limit, count in zip(limits, self._counts):
+            total += count
+            lines.append(f'{name}_bucket{{le="{limit}"}} {total}')
+        lines.append(f"{name}_sum {self._seconds:.12g}")
+        lines.append(f"{name}_count {total}")
+        return lines
 
 
 # What /metrics calls them -> what the record does.
-_COUNTED_TOKENS = (("prompt", "truth"), ("cached", "cached"), ("output", "output"))
+_COUNTED_TOKENS = {
+    "prompt": "truth",
+    "cached": "cached",
+    "output": "output",
+}
 
 
 class Counters:
@@ -10218,61 +10235,51 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._sums: Samples = collections.defaultdict(float)
         # A counter without labels is shown before it has counted anything.
-        self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
-        self._seconds: Dict[str, float] = {}    # of a histogram, in all...
-        self._buckets: Dict[str, List[int]] = {}    # ...and how many fell into each bucket
-        for name, metric in METRICS.items():
-            if metric.kind == "histogram":
-                self._seconds[name] = 0.0
-                self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
+        self._sums["llmstack_fallbacks_total", ()] = 0
+        self._histograms = {
+            "llmstack_wait_seconds": _Histogram(),
+            "llmstack_first_byte_seconds": _Histogram(),
+        }
 
     def count_left(self, tier: str) -> None:
         """Count a request whose client has left before its end."""
         with self._lock:
-            self._add("llmstack_requests_total", (tier, "", "left"), 1)
-
-    def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
-        key = (name, labels)
-        self._sums[key] = self._sums.get(key, 0) + by
-
-    def _observe(self, name: str, seconds: float) -> None:
-        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
-        self._buckets[name][bucket] += 1
-        self._seconds[name] += seconds
+            self._sums["llmstack_requests_total", (tier, "", "left")] += 1
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
+        sums = self._sums
         tier, ended = row["tier"], row["ended"]
         with self._lock:
-            self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
+            sums["llmstack_requests_total", (tier, row["rung"], ended)] += 1
             if "fallbacks" in row:
-                self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
-            for kind, key in _COUNTED_TOKENS:
+                sums["llmstack_fallbacks_total", ()] += len(row["fallbacks"])
+            for kind, key in _COUNTED_TOKENS.items():
                 count = row[key]
-                if count:
-                    self._add("llmstack_tokens_total", (tier, kind), count)
+                if count:                       # else a tier has a line for what it never does
+                    sums["llmstack_tokens_total", (tier, kind)] += count
             if "cost" in row:
-                self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
-            self._observe("llmstack_wait_seconds", row["wait_s"])
+                sums["llmstack_cost_dollars_total", (tier,)] += row["cost"]
+            self._histograms["llmstack_wait_seconds"].add(row["wait_s"])
+            # What was not passed on has no first byte.
             if ended in ("done", "broken"):
-                self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
+                self._histograms["llmstack_first_byte_seconds"].add(row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
-            buckets = {name: list(counts) for name, counts in self._buckets.items()}
-            seconds = dict(self._seconds)
+            timed = {name: times.lines(name) for name, times in self._histograms.items()}
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}")
             lines.append(f"# TYPE {name} {metric.kind}")
+            lines += timed.get(name, [])
             for (sample, labels), value in samples.items():
                 if sample == name:
                     lines.append(_sample_line(name, metric.labels, labels, value))
-            if metric.kind == "histogram":
-                lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
 
 
@@ -10303,29 +10310,32 @@ class Events:
         """What a conversation is called: a hash of its key that nobody can look up."""
         if not conversation:
             return ""
-        return f"{hash(self._salt + conversation) % 2**48:012x}"
+        digest = hash(self._salt + conversation) % 2**48
+        return f"{digest:012x}"
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
         for hear in self.hearers:
             hear(row)
+        tier = row["tier"]
         per_s = row.get("per_s", 0.0)
+        first_s = 0.0                           # an answer in one piece does not tell
+        if row["stream"]:
+            first_s = round(row["wait_s"] + row["first_byte_s"], 4)
         with self._lock:
             self._number += 1
             self._rows.append((self._number, row))
             if row["ended"] in ("done", "broken"):
-                first_s = 0.0                   # an answer in one piece does not tell
-                if row["stream"]:
-                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
-                self._points.append((row["time"], row["tier"], first_s, per_s))
+                self._points.append((row["time"], tier, first_s, per_s))
             if per_s:
-                self.rates[row["tier"]] = per_s
+                self.rates[tier] = per_s
 
     def state(self) -> Dict[str, Any]:
         """What all sources tell, made once for all who ask within a moment."""
         with self._asking:
             if time.monotonic() - self._asked_s > self.EVERY_S / 2:
+                # A new one: listeners compare it with the last, which they hold.
                 self._state = {}
                 for tell in self.sources:
                     self._state.update(tell())
@@ -10335,20 +10345,21 @@ class Events:
     def snapshot(self, after: int = 0) -> Dict[str, Any]:
         """Everything, of the decisions those behind number `after`."""
         now = time.time()
-        decisions = self._rows_after(after)
+        hour_ago = now - 3600
         with self._lock:
-            points = [point for point in self._points if point[0] > now - 3600]
+            points = [point for point in self._points if point[0] > hour_ago]
         return {
             **self.state(),
             "now": round(now, 1),
             "start": self._start,
             "points": points,
-            "decisions": decisions,
+            "decisions": self._rows_after(after),
         }
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
-            return [{"number": its, **row} for its, row in self._rows if its > number]
+            numbered = [item for item in self._rows if item[0] > number]
+        return [{"number": its, **row} for its, row in numbered]
 
     def listen(self, client: Client, request: Request) -> None:
         """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
@@ -10366,7 +10377,8 @@ class Events:
         """First everything, then what changes. Errors: ClientGone."""
         after = 0
         start, _, number = last_id.partition("-")
-        if start == self._start and re.match("[0-9]{1,15}\\Z", number):
+        is_ours = start == self._start          # else of an earlier daemon, which counted anew
+        if is_ours and re.match("[0-9]{1,15}\\Z", number):
             after = int(number)                 # the client comes back, and has those
         client.open_stream()
         told = self.snapshot(after)
@@ -10375,7 +10387,10 @@ class Events:
         while not client.gone():
             time.sleep(self.EVERY_S)
             state = self.state()
-            change = {key: value for key, value in state.items() if value != told.get(key)}
+            change: Dict[str, Any] = {}
+            for key, value in state.items():
+                if value != told.get(key):
+                    change[key] = value
             rows = self._rows_after(after)
             if rows:
                 change["decisions"] = rows
@@ -10384,6 +10399,7 @@ class Events:
                 after = self._send(client, "change", change, after)
                 sent_s = time.monotonic()
             elif time.monotonic() - sent_s > self.HEARTBEAT_S:
+                # Proxies end a stream that says nothing for a minute.
                 client.send_event(b":\n\n")
                 sent_s = time.monotonic()
         raise ClientGone
@@ -10393,6 +10409,7 @@ class Events:
         rows = value.get("decisions")
         if rows:
             after = rows[-1]["number"]
+        # A browser that connects again sends the last id: see _tell.
         lines = f"id: {self._start}-{after}\nevent: {kind}\ndata: {_ENCODE(value)}\n\n"
         client.send_event(lines.encode())
         return after
@@ -10418,15 +10435,21 @@ def read_page() -> Optional[Page]:
         return None
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'"
     policy += "; img-src data:; require-trusted-types-for 'script'"
-    for source, element in (("script-src", "script"), ("style-src", "style")):
-        inside = text.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        policy += f"; {source} 'sha256-{digest}'"
+    for element in ("script", "style"):
+        _, _, rest = text.partition(f"<{element}>")
+        inside, _, _ = rest.partition(f"</{element}>")
+        digest = hashlib.sha256(inside.encode()).digest()
+        policy += f"; {element}-src 'sha256-{base64.b64encode(digest).decode()}'"
+    # The page says its policy itself, too; frame-ancestors counts in a header alone.
     text = text.replace("CONTENT_SECURITY_POLICY", policy)
-    lines = (f"Content-Security-Policy: {policy}; frame-ancestors 'none'",
-             "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
-             "Cache-Control: no-cache", "Vary: Accept")
-    return Page(text.encode(), "".join(f"{line}\r\n" for line in lines).encode())
+    headers = (
+        f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        "Referrer-Policy: no-referrer\r\n"
+        "Cache-Control: no-cache\r\n"
+        "Vary: Accept\r\n"
+    )
+    return Page(text.encode(), headers.encode())
 
 
 def may_change(request: Request) -> bool:
