@@ -4974,7 +4974,7 @@ _REQUEST_LINE = re.compile(
 _ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})       # a tab may stand within a value
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 _WHOLE_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")   # of a chunk that is not the last
@@ -5038,9 +5038,12 @@ def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
     """
     # The last three bytes may be the beginning of the empty line.
     end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    length = end if end >= 0 else len(data) - 3
+    length = end
+    if end < 0:
+        length = len(data) - 3
     if length > MAX_HEAD_BYTES:
         raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    # Who ends lines so never sends the empty line: said now, and not when its time is over.
     if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
         raise HttpError(400, "a line ends in a bare CR or LF")
     return end
@@ -5058,19 +5061,19 @@ def _split_head(head: bytes) -> List[bytes]:
 def _split_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
-    if not colon or not name or name.translate(None, _TOKEN_BYTES):
+    strange = name.translate(None, _TOKEN_BYTES)
+    if strange or not name or not colon:
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-
-
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
-    said = [value for name, value, _ in headers if name == b"connection"]
-    if not said:
-        return frozenset()
-    return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
+    words: List[bytes] = []
+    for name, value, _ in headers:
+        if name == b"connection":
+            words += value.lower().split(b",")
+    return frozenset(word.strip() for word in words)
 
 
 def _origin_form(method: bytes, target: bytes) -> bytes:
@@ -5083,7 +5086,9 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
     if absolute is None:
         raise HttpError(400, "the target is no path; it begins with /")
     path = absolute.group(1)
-    return path if path.startswith(b"/") else b"/" + path
+    if not path.startswith(b"/"):               # nothing but a query behind the host, or nothing
+        path = b"/" + path
+    return path
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
@@ -5105,8 +5110,10 @@ _known_request_line = functools.lru_cache(maxsize=64)(_parse_request_line)
 
 def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
     """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    length = fields.get(b"content-length")
+    coding = fields.get(b"transfer-encoding")
     if coding is not None:
+        # One program goes by the length and the next by the chunks: what is between is smuggled.
         if length is not None or coding.lower() != b"chunked" or minor == 0:
             raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
         return -1
@@ -5127,6 +5134,7 @@ def parse_request_head(head: bytes) -> Request:
         parse_line, split = _known_request_line, _known_header
     try:
         first, *lines = _split_head(head)
+        # More are refused below, by the number of lines: they are not worth the work.
         headers = tuple(map(split, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
@@ -5135,7 +5143,7 @@ def parse_request_head(head: bytes) -> Request:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
     # In reverse: of a header that is there twice, the first counts.
     fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
+    if len(fields) < len(headers):              # one is there twice
         names = [name for name, _, _ in headers]
         for name in _SINGLE:
             if names.count(name) > 1:
@@ -5178,6 +5186,17 @@ def _response_length(headers: Sequence[Header]) -> int:
     return max(lengths, default=-1)
 
 
+def _response_framing(method: str, status: int, coding: bytes, length: int) -> str:
+    """How the end of an answer's body is known (6.3): none | chunked | length | close."""
+    if method == "HEAD" or status < 200 or status in (204, 304):
+        return "none"
+    if coding == b"chunked":
+        return "chunked"
+    if length >= 0:
+        return "length"
+    return "close"
+
+
 @functools.lru_cache(maxsize=32)
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError.
@@ -5192,23 +5211,16 @@ def parse_response_head(head: bytes, method: str) -> Response:
     status = int(code)
     headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
-    codings = fields.get(b"transfer-encoding", b"").split(b",")
-    coding = codings[-1].strip()
     length = _response_length(headers)
-    if method == "HEAD" or status in (204, 304) or status < 200:
-        framing = "none"
-    elif coding == b"chunked":
-        framing = "chunked"
-    elif length >= 0:
-        framing = "length"
-    else:
-        framing = "close"
+    _, _, coding = fields.get(b"transfer-encoding", b"").rpartition(b",")
+    framing = _response_framing(method, status, coding.strip(), length)
     words = _connection_words(headers)
     stays = minor == b"1" or b"keep-alive" in words
     text = [b"HTTP/1.1 " + code + b" " + reason]
-    if status == 101:
+    if status == 101:                           # what follows is between client and upstream
         text += lines
     else:
+        # How it is framed to the client is the relay's to say, and which page may read it ours.
         drop = _NO_LENGTH | _OF_PAGES | words
         text += [line for name, _, line in headers if name not in drop]
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
@@ -5284,7 +5296,9 @@ class ChunkFraming:
     def feed(self, data: bytes) -> bytes:
         before = self._state, self._left, self._line
         payload: List[bytes] = []
-        position, end = 0, len(data)
+        position = 0
+        end = len(data)
+        # A step takes what it can of the data; one that has not enough keeps its part in _line.
         try:
             while position < end and self._state != _DONE:
                 position = self._take_whole(data, position, payload)
@@ -5299,7 +5313,7 @@ class ChunkFraming:
             raise
         self.ended = self._state == _DONE
         self.over += end - position
-        return payload[0] if len(payload) == 1 else b"".join(payload)
+        return b"".join(payload)                # of one piece, that is the piece itself
 
     def _take_whole(self, data: bytes, position: int, payload: List[bytes]) -> int:
         """Take the chunks that have come from their size to their CRLF, as nearly all have.
@@ -5331,7 +5345,8 @@ class ChunkFraming:
         missing = b"\r\n"[len(self._line):]
         came = data[position:position + len(missing)]
         if came == missing:
-            self._state, self._line = _SIZE, b""
+            self._state = _SIZE
+            self._line = b""
         elif came == b"\r" and missing == b"\r\n":
             self._line = came
         else:
@@ -5341,7 +5356,9 @@ class ChunkFraming:
     def _take_line(self, data: bytes, position: int) -> int:
         """A chunk's size, or a trailer."""
         newline = data.find(b"\n", position)
-        behind = newline + 1 if newline >= 0 else len(data)
+        behind = newline + 1
+        if newline < 0:
+            behind = len(data)
         line = self._line + data[position:behind]
         if len(line) > MAX_FRAMING_LINE_BYTES:
             raise ValueError("a line of the chunk framing is too long")
@@ -5364,7 +5381,8 @@ class ChunkFraming:
         self._left = int(match.group(1), 16)
         self._state = _DATA
         if not self._left:
-            self._state, self._left = _TRAILER, MAX_HEADERS
+            self._state = _TRAILER
+            self._left = MAX_HEADERS
 
     def _end_trailer(self, line: bytes) -> None:
         if not line:
@@ -5397,8 +5415,9 @@ def chunk(data: bytes) -> bytes:
 def _unpacker(coding: str) -> Any:
     """What undoes a Content-Encoding, with the methods of zlib's. Errors: HttpError 415."""
     import zlib
+    # The largest window; 16 more says that it is gzip's wrapping, not zlib's.
     if coding in ("gzip", "x-gzip"):
-        return zlib.decompressobj(31)
+        return zlib.decompressobj(15 + 16)
     if coding == "deflate":
         return zlib.decompressobj(15)
     if coding == "zstd":
@@ -5416,6 +5435,7 @@ def decoded_body(coding: str, body: bytes) -> bytes:
 
     It never grows beyond MAX_BODY_BYTES, however much is packed into it.
     """
+    # Named in the order in which they were done. Two at most: nobody packs a body three times.
     for name in reversed(coding.lower().split(",")[:2]):
         name = name.strip()
         if name in ("", "identity"):
@@ -5446,11 +5466,11 @@ def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
     part = body.find(mark)
     while part >= 0:
         following = body.find(b"\r\n" + mark, part)
-        head_end = body.find(b"\r\n\r\n", part)
-        if following < 0 or head_end < 0:
+        blank = body.find(b"\r\n\r\n", part)    # between a part's headers and its value
+        if following < 0 or blank < 0:
             break
-        if head_end < following and _MODEL_PART.search(body[part:head_end]):
-            return head_end + 4, following
+        if blank < following and _MODEL_PART.search(body[part:blank]):
+            return blank + 4, following
         part = following + 2
     return 0, 0
 
@@ -5470,8 +5490,8 @@ def error_json(message: str, kind: str, code: Union[int, str, None] = None,
     value: Dict[str, Any] = {
         "error": {"message": message, "type": kind, "param": None, "code": code}}
     if protocol.startswith("/v1/messages"):
-        value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
-                                            "message": message}}
+        kind = _ANTHROPIC_KINDS.get(kind, kind)
+        value = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(value, ensure_ascii=False).encode()
 
 
@@ -5482,21 +5502,28 @@ def _failed_response(message: str, kind: str) -> bytes:
     comes behind it: the libraries' newest would find that its id is none they know.
     """
     error = {"code": "server_error", "message": message}
-    failed = {"type": "response.failed", "sequence_number": 1, "response": {
-        "id": "", "object": "response", "status": "failed", "output": [], "error": error}}
-    said = {"type": "error", "sequence_number": 0, "param": None, **error,
-            "error": {**error, "type": kind, "param": None}}
-    return b"".join(
-        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
-        for event in (said, failed))
+    said = {
+        "type": "error",
+        "sequence_number": 0,
+        "param": None,
+        **error,
+        "error": {**error, "type": kind, "param": None},
+    }
+    response = {"id": "", "object": "response", "status": "failed", "output": [], "error": error}
+    failed = {"type": "response.failed", "sequence_number": 1, "response": response}
+    text = ""
+    for event in (said, failed):
+        data = json.dumps(event, ensure_ascii=False)
+        text += f"event: {event['type']}\ndata: {data}\n\n"
+    return text.encode()
 
 
 def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
-    """A server-sent event that says a stream has failed.
-
-    opencode (1.18) asks again upon the word server_error.
-    """
-    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    """A server-sent event that says a stream has failed."""
+    code = None
+    if kind == "server_error":                  # opencode (1.18) asks again upon this word
+        code = kind
+    body = error_json(message, kind, code, protocol)
     if protocol.startswith("/v1/messages"):
         return b"event: error\ndata: " + body + b"\n\n"
     if protocol == "/v1/responses":
@@ -5535,8 +5562,8 @@ def origin_matches(origin: str, pattern: str) -> bool:
     scheme, _, place = origin.lower().partition("://")
     wanted, found, where = pattern.rpartition("://")
     if not found:
-        host = place.rpartition(":")[0] or place
-        return scheme in ("http", "https") and host_matches(host, where)
+        host, _, _ = place.rpartition(":")
+        return scheme in ("http", "https") and host_matches(host or place, where)
     if scheme != wanted:
         return False
     return where == "*" or host_matches(place, where)
@@ -5552,20 +5579,23 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
     """
     host = request.header(b"host")
     if loopback and host and not is_loopback(host):
-        name = host.lower().partition(":")[0]
-        if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
+        name, _, _ = host.lower().partition(":")
+        patterns = [pattern.partition(":")[0] for pattern in hosts]
+        if not any(host_matches(name, pattern) for pattern in patterns):
             return (f"Host {host!r} is not this machine; use 127.0.0.1,"
                     " or name it in allowed_hosts of models.ini")
     if b"origin" in request.fields:
         origin = request.header(b"origin")
-        place = origin.split("://", 1)[-1]
         if any(origin_matches(origin, pattern) for pattern in origins):
             return ""
+        place = origin.split("://", 1)[-1]
+        # In a network, our own page comes from the address that it is asked at.
         if not is_loopback(place) and (loopback or place != host):
             return (f"Origin {origin!r} may not use this router;"
                     " allowed_origins in models.ini names pages that may")
         return ""
-    if loopback and request.fields.get(b"sec-fetch-site", b"").lower() == b"cross-site":
+    site = request.fields.get(b"sec-fetch-site", b"")
+    if loopback and site.lower() == b"cross-site":
         return "cross-site requests may not use this router"
     return ""
 
@@ -10151,14 +10181,17 @@ def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str
 MAX_LISTENERS = 16                              # each holds a thread
 DECISIONS_KEPT = 100
 POINTS_KEPT = 1_000                             # of the plots, which show the last hour
-SECONDS_BUCKETS = (0.1, 0.5, 2.0, 10.0, 60.0)
+SECONDS_BUCKETS = (0.1, 0.5, 2, 10, 60)
+
+
+Labels = Tuple[str, ...]
 
 
 class Metric(NamedTuple):
     """A family of /metrics."""
 
     kind: str                                   # counter | gauge | histogram
-    labels: Tuple[str, ...]
+    labels: Labels
     help: str
 
 
@@ -10186,7 +10219,7 @@ METRICS = {
     "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
 }
 IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory counts
-Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
+Samples = Dict[Tuple[str, Labels], float]       # (name, values of its labels) -> value
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
@@ -10212,9 +10245,7 @@ class _Histogram:
     def lines(self, name: str) -> List[str]:
         lines = []
         total = 0                               # a bucket counts what is in those before it, too
-        limits = [f"{limit:g}" for limit in SECONDS_BUCKETS]
-        limits.append("+Inf")
-        for limit, count in zip(limits, self._counts):
+        for limit, count in zip((*SECONDS_BUCKETS, "+Inf"), self._counts):
             total += count
             lines.append(f'{name}_bucket{{le="{limit}"}} {total}')
         lines.append(f"{name}_sum {self._seconds:.12g}")
@@ -10459,7 +10490,8 @@ def may_change(request: Request) -> bool:
     """
     origin = request.header(b"origin")
     if origin:
-        return origin.partition("://")[2] == request.header(b"host")
+        _, _, place = origin.partition("://")
+        return place == request.header(b"host")
     return b"x-llmstack" in request.fields
 
 
