@@ -838,10 +838,8 @@ def _is_user_turn(content: object) -> bool:
     """
     if not isinstance(content, list) or not content:
         return True
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "tool_result":
-            return True
-    return False
+    kinds = [part.get("type") for part in content if isinstance(part, dict)]
+    return kinds != ["tool_result"] * len(content)
 
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
@@ -865,11 +863,12 @@ def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
     found = [t for t in triggers if t.startswith("[") and t in lowered]
     if not found:                               # to read a text as Markdown is slow
         return ""
-    outside: Union[str, List[str]] = _outside_code(lowered)
+    outside = _outside_code(lowered)
+    places: Union[str, List[str]] = outside
     if alone:
-        outside = [line.strip() for line in outside.splitlines()]
+        places = [line.strip() for line in outside.splitlines()]
     for trigger in found:
-        if trigger in outside:
+        if trigger in places:
             return trigger
     return ""
 
@@ -8920,6 +8919,11 @@ class Outcome(NamedTuple):
     # Of a hosted answer, in dollars, where LiteLLM says it.
     cost: float = 0.0
 
+    @property
+    def answered(self) -> bool:
+        """Whether it was passed on whole, and is no error."""
+        return self.state == "done" and self.status < 400
+
 
 class Translation:
     """Puts one answer into the shape of another protocol, as it passes."""
@@ -9461,7 +9465,7 @@ class App:
     """What a server does with its requests."""
 
     log: Log
-    server: Optional[Server] = None             # that asks it
+    server: Server                              # that asks it, from its making on
 
     def answer(self, client: Client, request: Request) -> None:
         raise NotImplementedError
@@ -10003,7 +10007,7 @@ class Behind(App):
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
+    def forward(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
@@ -10042,7 +10046,7 @@ class Behind(App):
             reply_preflight(client, request)
             return
         body = client.read_body(request)
-        self.pass_on(client, request, body, frozenset())
+        self.forward(client, request, body, frozenset())
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -10083,7 +10087,7 @@ class UpstreamApp(Behind):
             raise ValueError(response.status)
         return listing
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
+    def forward(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         name, stream = "", False
         if inference_path(request.target):
@@ -10807,19 +10811,20 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._down: Dict[str, Tuple[float, str]] = {}
-        self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
+        # Failures in a row, of hosted tiers.
+        self._strikes: Dict[str, int] = collections.defaultdict(int)
 
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
         """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
-        strikes = self._strikes.get(tier, 0)
         until, _ = self._down.get(tier, (0.0, ""))
         if growing and until <= now:            # not of requests that were under way together
-            strikes = min(strikes + 1, 8)
-            self._strikes[tier] = strikes
+            self._strikes[tier] += 1
         if not seconds:
-            seconds = BREAKER_S * 2 ** max(strikes - 1, 0)
-        self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
+            doubled = max(self._strikes[tier] - 1, 0)
+            seconds = BREAKER_S * 2 ** min(doubled, 8)      # of a thousand it would overflow
+        seconds = min(seconds, MAX_BREAKER_S)
+        self._down[tier] = (now + seconds, reason)
 
     def answered(self, tier: str) -> None:
         """It works: nothing is held against it any more."""
@@ -10831,10 +10836,13 @@ class Breaker:
         if not self._down:
             return {}
         now = self._clock()
-        for tier, (until, _) in list(self._down.items()):
-            if until <= now:
+        left_alone = {}
+        for tier, (until, reason) in list(self._down.items()):
+            if until > now:
+                left_alone[tier] = reason
+            else:
                 self._down.pop(tier, None)
-        return {tier: reason for tier, (_, reason) in list(self._down.items())}
+        return left_alone
 
 
 class Conversation(NamedTuple):
@@ -10865,12 +10873,14 @@ class Conversations:
     def learn(self, key: str, estimate: int, truth: int) -> None:
         """Keep what an answer or a refusal said a prompt's tokens really are."""
         if estimate > 0 and truth > 0:
-            self._keep(key, ratio=min(max(truth / estimate, 0.1), 10.0))
+            # A server that counts nonsense shall not send everything to the largest tier.
+            ratio = max(truth / estimate, 0.1)
+            self._keep(key, ratio=min(ratio, 10.0))
 
     def answered(self, key: str, tier: str, tokens: int, segments: Segments) -> None:
         """Keep which tier has answered a prompt, and what it holds of it now."""
         if key:
-            held = {**self.get(key).held, tier: tokens}
+            held = {**self.get(key).held, tier: tokens}     # other tiers hold what they held
             self._keep(key, tier=tier, held=held, segments=segments)
 
     def _keep(self, key: str, **fields: Any) -> None:
@@ -10892,15 +10902,73 @@ class Snapshot(NamedTuple):
     served: Mapping[str, int]                   # by tier, tokens
     names: Tuple[str, ...]                      # patterns for this machine's own
 
+    def offline(self) -> Dict[str, str]:
+        """Tiers whose host cannot be reached, with the reason."""
+        found = {}
+        for route in self.routes.values():
+            host = route.host
+            if host is not None and host.offline:
+                found[route.tier.name] = host.why()
+        return found
+
+    def state(self, failing: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
+        found = {}
+        for route in self.routes.values():
+            if route.hosted:
+                found[route.tier.name] = {"state": "available", "reason": ""}
+        # What stands further down counts for more.
+        reasons = {"failing": failing, "offline": self.offline(), "not served": self.barred}
+        for state, tiers in reasons.items():
+            for name, why in tiers.items():
+                found[name] = {"state": state, "reason": why}
+        for route in self.routes.values():
+            status, why, _ = route.refused
+            if status == 403:
+                found[route.tier.name] = {"state": "local_only", "reason": why}
+            elif status:
+                found[route.tier.name] = {"state": "no credential", "reason": why}
+        return found
+
 
 _MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
+# Headers that a host does not get: who the client is, and what is between it and us.
 _OF_THE_CLIENT = frozenset({
-    b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
-    b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
-
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"x-goog-api-key",
+    b"openai-organization",
+    b"openai-project",
+    b"cookie",
+    b"origin",
+    b"referer",
+    b"accept-encoding",
+    b"connection",
+})
 _JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
+
+
+def host_of(url: str, log: Log, clock: Callable[[], float]) -> Host:
+    """The host that a tier's base_url names. Errors: UserError."""
+    plain = parse_upstream(url)
+    tls = url.startswith("https:")
+    return Host(plain.host, plain.port, plain.prefix, tls, log, clock)
+
+
+def to_host(route: Route, host: Host, env: Mapping[str, str]) -> Route:
+    """The route of a direct host's tier, with the host's key."""
+    variable = route.tier.api_key_env
+    headers: Tuple[Header, ...] = ()
+    if variable:
+        key = env.get(variable, "").strip()
+        value = b"Bearer " + key.encode("ascii", "ignore")
+        headers = ((b"authorization", value, b"Authorization: " + value),)
+    # Such a host has a version in its URL (/v1beta, /v4), and wants no /v1 behind that.
+    bare = re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix) is not None
+    return route._replace(host=host, headers=headers, bare=bare)
 
 
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
@@ -10909,11 +10977,11 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | request.words
-    kept = [h for h in request.headers if h[0] not in drop]
-    headers = (*kept, *route.headers, UNCOMPRESSED)
+    kept = [header for header in request.headers if header[0] not in drop]
+    request = request._replace(headers=(*kept, *route.headers, UNCOMPRESSED))
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return request._replace(headers=headers), target
+    return request, target
 
 
 def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
@@ -10924,8 +10992,8 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     body = client.read_body(request)
     if b"content-encoding" in request.fields:
         body = decoded_body(request.header(b"content-encoding"), body)
-        others = tuple(h for h in request.headers if h[0] != b"content-encoding")
-        request = request._replace(headers=others)
+        others = [header for header in request.headers if header[0] != b"content-encoding"]
+        request = request._replace(headers=tuple(others))
     if body.startswith(b"\xef\xbb\xbf{"):
         body = body[3:]
     return request, body
@@ -10948,7 +11016,8 @@ def _asked_in(target: str) -> str:
     if "model=" not in query:
         return ""
     from urllib.parse import parse_qs
-    return parse_qs(query).get("model", [""])[0]
+    first, *_ = parse_qs(query).get("model", [""])
+    return first
 
 
 _AS_JSON = (b"content-type", b"application/json", b"Content-Type: application/json")
@@ -10958,7 +11027,7 @@ class Asked:
     """An inference request, read, and how far it is. Its body goes once an answer has begun."""
 
     tier = ""                                   # that is asked now
-    lease: Optional[Lease] = None               # its place there
+    lease = Lease()                             # its place there; this one until it has one
     wait_s = 0.0                                # until its models were ready, of all tiers tried
     translation: Optional[Translation] = None
     patience_s = 0.0                            # how long its first tier may keep it waiting
@@ -10982,6 +11051,9 @@ class Asked:
         self.stream = values.get("stream") is True
         self.conversation, self.thread = conversation_keys(request.fields, values)
         self.texts: List[str] = []              # of its prompt, until they are estimated
+
+    def age_s(self) -> float:
+        return time.monotonic() - self.began_s
 
     def look_at_prompt(self) -> bytes:
         """Take the prompt's digests while its model is at work; no header comes of it."""
@@ -11013,28 +11085,53 @@ class Asked:
             "path": self.path,
             "stream": self.stream,
             "stage": self._stage(),
-            "since_s": round(time.monotonic() - self.began_s, 1),
+            "since_s": round(self.age_s(), 1),
         }
 
     def _stage(self) -> str:
         """What it waits for, in words."""
-        stage = self.lease.stage() if self.lease else ""
+        stage = self.lease.stage()
         if stage:
             return stage
         if not self.body:                       # let go of when the answer begins
             return "writing"
-        share = self.lease.prompt_read() if self.lease else 0.0
-        return "reading the prompt" + percent_words(share)
+        return "reading the prompt" + percent_words(self.lease.prompt_read())
+
+
+def read_asked(client: Client, request: Request, path: str, target: str,
+               drop: FrozenSet[bytes]) -> Asked:
+    """Read an inference request. Errors: HttpError, ClientGone."""
+    request, body = read_decoded(client, request)
+    values = read_object(body)
+    if b"json" not in request.fields.get(b"content-type", b"").lower():
+        request = with_header(request, _AS_JSON)        # curl -d says it is a form
+    if values.get("stream") is True:
+        request = with_header(request, UNCOMPRESSED)
+    return Asked(request, path, target, body, values, drop)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
-    names = ["auto", *(tier.name for tier in config.offered)]
-    aliases = [alias for tier in config.offered for alias in tier.aliases]
+    names = ["auto"]
+    aliases: List[str] = []
+    for tier in config.offered:
+        names.append(tier.name)
+        aliases += tier.aliases
     asked = str(model)
     near = _did_you_mean(asked, [*names, *aliases]) or "."
-    return HttpError(404, f"there is no model {asked[:200]!r}{near} The models here are"
-                          f" {', '.join(names)}", "not_found")
+    what = f"there is no model {asked[:200]!r}{near} The models here are {', '.join(names)}"
+    return HttpError(404, what, "not_found")
+
+
+def entry_of(config: Config, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
+    """Of a list of models the entry that a name means, under that name. Errors: HttpError 404."""
+    by_id = {}
+    for entry in entries:
+        by_id[str(entry.get("id"))] = entry
+    for known in (name, resolve_name(config, name)):
+        if known in by_id:
+            return {**by_id[known], "id": name}
+    raise unknown_model(config, name)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
@@ -11063,11 +11160,12 @@ class Descent:
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  conversations: Conversations) -> None:
-        self.asked, self.decision, self._snapshot = asked, decision, snapshot
+        self.asked, self.decision = asked, decision
+        self._snapshot = snapshot               # one for all tries: a reload may come between
         self._breaker, self._conversations = breaker, conversations
         self.tier, *self._left = decision.chain
         self._tried = {self.tier.name}
-        self._own_fault = False
+        self._own_fault = False                 # the last error was the request's, not the tier's
         self._reason = ""
         self.fallbacks: List[str] = []
 
@@ -11092,7 +11190,8 @@ class Descent:
         """
         asked, decision, name = self.asked, self.decision, self.tier.name
         asked.look_at_prompt()
-        if not asked.estimate and decision.facts.most_tokens >= WORTH_LEARNING_TOKENS:
+        worth = decision.facts.most_tokens >= WORTH_LEARNING_TOKENS
+        if worth and not asked.estimate:
             asked.estimate = class_tokens(asked.texts)
         asked.texts = []
         lines = decision_headers(decision, name, self.fallbacks, self.reason)
@@ -11118,45 +11217,51 @@ class Descent:
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        facts, down = self.decision.facts, self.decision.down
+        decision = self.decision
         holds = []
-        for tier in self.decision.preference:
-            needed = tokens + output_reserve(facts, tier)
+        for tier in decision.preference:
+            needed = tokens + output_reserve(decision.facts, tier)
             if tier.name not in self._tried and needed <= tier.ctx_size:
                 holds.append(tier)
-        return [t for t in holds if t.name not in down] or holds[:1]
+        up = [tier for tier in holds if tier.name not in decision.down]
+        return up or holds[:1]
 
     def settle(self, outcome: Outcome) -> bool:
-        """Note how the try ended; True when the next tier is to be asked."""
-        self._note(outcome)
+        """Tell the breaker how the try ended; True when the next tier is to be asked."""
+        self._tell_breaker(outcome)
         if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
             return False
-        failed, self.tier = self.tier.name, self._left.pop(0)
+        failed = self.tier.name
+        self.tier = self._left.pop(0)
+        name = self.tier.name
         why = outcome.status or outcome.detail
-        self.fallbacks.append(f"{failed}\u2192{self.tier.name} ({why})")
-        self._tried.add(self.tier.name)
+        self.fallbacks.append(f"{failed}\u2192{name} ({why})")
+        self._tried.add(name)
         self._own_fault = False
         return True
 
-    def _note(self, outcome: Outcome) -> None:
+    def _tell_breaker(self, outcome: Outcome) -> None:
         """Hold a failure against the tier, or forget what was held."""
-        name, route = self.tier.name, self.route
-        if outcome.state == "done" and outcome.status < 400:
-            self._breaker.answered(name)
+        breaker, name = self._breaker, self.tier.name
+        hosted, host = self.route.hosted, self.route.host
+        if outcome.answered:
+            breaker.answered(name)
         elif outcome.state == "broken":
-            self._breaker.trip(name, "broke off its answer a moment ago", growing=route.hosted)
+            breaker.trip(name, "broke off its answer a moment ago", growing=hosted)
         elif outcome.state == "failed":
-            self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
+            why, *_ = outcome.detail.splitlines()
+            breaker.trip(name, why, FAILED_LOAD_S)
         elif outcome.state == "unreachable":
-            host = route.host
+            # A host that is offline says so itself. And a tier of the engine, whose server has
+            # just ended or was not waited for longer, is loaded again by the next request.
             if host is not None and not host.offline:       # it took the connection
-                self._breaker.trip(name, outcome.detail, growing=True)
-        elif self._own_fault or not falls_through(outcome.status, route.hosted):
-            if route.hosted:                    # it works: the request is at fault
-                self._breaker.answered(name)
+                breaker.trip(name, outcome.detail, growing=True)
+        elif self._own_fault or not falls_through(outcome.status, hosted):
+            if hosted:                          # it works: the request is at fault
+                breaker.answered(name)
         else:
-            self._breaker.trip(name, f"answered {outcome.status} a moment ago",
-                               outcome.retry_after_s, route.hosted)
+            why = f"answered {outcome.status} a moment ago"
+            breaker.trip(name, why, outcome.retry_after_s, growing=hosted)
 
 
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
@@ -11179,24 +11284,93 @@ class Setting(NamedTuple):
     clock: Callable[[], float] = time.monotonic
 
 
+def leaving_of(known: Conversation, decision: Decision, behind: Behind) -> Leaving:
+    """What a decision leaves behind on the tier of its conversation's last turn."""
+    old, new = known.tier, decision.tier
+    tokens = known.held.get(old, 0)
+    # Infill is no part of what is said: its conversation goes on where it was.
+    if not tokens or old == new or decision.rung == "fim":
+        return STAYS
+    needed = decision.facts.full_tokens
+    old_pace = behind.pace(old, needed)
+    new_pace = behind.pace(new, needed)
+    held_there = min(known.held.get(new, 0), needed)
+    cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
+    return Leaving(old, tokens, cost_s)
+
+
+def compare_turns(asked: Asked, row: Dict[str, Any]) -> None:
+    """Put into a request's row what its conversation's last turn has left of the cache."""
+    known = asked.known
+    tier = row["tier"]
+    before, now = known.segments, asked.segments
+    if len(now) > len(before) > 0:              # as many messages or fewer: it began anew
+        share, where = same_beginning(before, now)
+        row["same"] = round(share, 3)
+        row["differs"] = where
+        row["held"] = known.held.get(tier, 0)
+        row["client"] = client_named(asked.request.fields)
+    if known.tier not in ("", tier):
+        row["left"] = {
+            "tier": known.tier,
+            "tokens": known.held[known.tier],
+            "cost_s": round(asked.leaving.cost_s, 1),
+        }
+
+
+def key_headers(request: Request, key: str) -> FrozenSet[bytes]:
+    """The headers that carry the router's key, which no upstream gets. Errors: HttpError 401."""
+    import hmac
+    offered = {b"x-api-key": request.header(b"x-api-key")}
+    scheme, _, token = request.header(b"authorization").partition(" ")
+    if scheme.lower() == "bearer":
+        offered[b"authorization"] = token.strip()
+    ours = []
+    for name, value in offered.items():
+        # compare_digest takes as long for a wrong key, however much of it is right.
+        if hmac.compare_digest(value.encode("latin-1"), key.encode()):
+            ours.append(name)
+    if not ours:
+        raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
+                             " x-api-key", "authentication_error")
+    return frozenset(ours)
+
+
+def models_ini_bytes(path: str, bundled: bytes) -> bytes:
+    """models.ini as it is on the disk now, or as bundled. Errors: HttpError 404."""
+    try:
+        text = read_regular(path, MAX_INI_BYTES)
+    except OSError:
+        if not bundled:
+            raise HttpError(404, f"there is no {path} any more; run `llmstack start` in its project"
+                                 " to seed one", "not_found") from None
+        text = bundled
+    # A user may have written one there since; the daemon runs on what it has read before.
+    if holds_secret(text.decode("utf-8", "replace")):
+        raise HttpError(404, "models.ini holds what looks like a key and is not served;"
+                             " `llmstack reload` names the line", "not_found")
+    return text
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
     def __init__(self, config: Config, behind: Behind, log: Log,
                  setting: Optional[Setting] = None) -> None:
+        given = setting or Setting()
+        behind.remedy = given.remedy
         self.log, self.behind = log, behind
-        self._given = setting or Setting()
-        behind.remedy = self._given.remedy
-        self._breaker = Breaker(self._given.clock)
+        self._given = given
+        self._breaker = Breaker(given.clock)
         self._conversations = Conversations()
-        self._record = self._given.record
+        self._record = given.record
         self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
         # In a container or an editor, the machine's name may stand for us.
         name = socket.gethostname().lower()
-        in_lan = name.partition(".")[0] + ".local"
-        self._own_names = (name, in_lan, *CONTAINER_HOSTS)
+        short, _, _ = name.partition(".")
+        self._own_names = (name, f"{short}.local", *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
         self._started_with = tuple(map(as_loaded, config.tiers))
         self._started = time.time()
@@ -11221,15 +11395,16 @@ class RouterApp(App):
         if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
+        now = self._snapshot
         try:
-            now = self._snapshot
-            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
+            config = self._given.reload()
+            self._snapshot = self._adopt(config, now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
         self._read_last = digest
-        tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
-        self.log.info(f"models.ini read again: {tiers}")
+        tiers = [f"{tier.role or '-'}={tier.name}" for tier in config.tiers]
+        self.log.info(f"models.ini read again: {', '.join(tiers)}")
         return ""
 
     def _adopt(self, asked: Config, known: Mapping[str, Host],
@@ -11246,29 +11421,19 @@ class RouterApp(App):
                 url = tier.base_url
                 if url not in hosts:
                     # A host goes on with its connections, and with what it knows of the network.
-                    hosts[url] = known.get(url) or self._host(url)
-                route = self._to_host(route, hosts[url])
+                    hosts[url] = known.get(url) or host_of(url, self.log, given.clock)
+                route = to_host(route, hosts[url], given.env)
             for name in tier.names:
                 routes[name] = route
-        barred = {**given.unserved(config), **missing}
-        names = (*config.allowed_hosts, *self._own_names)
-        return Snapshot(config, routes, hosts, barred, asked, served, names)
-
-    def _host(self, url: str) -> Host:
-        plain = parse_upstream(url)
-        tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
-
-    def _to_host(self, route: Route, host: Host) -> Route:
-        """The route of a direct host's tier, with the host's key."""
-        variable = route.tier.api_key_env
-        headers: Tuple[Header, ...] = ()
-        if variable:
-            key = self._given.env.get(variable, "").strip()
-            value = b"Bearer " + key.encode("ascii", "ignore")
-            headers = ((b"authorization", value, b"Authorization: " + value),)
-        bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
-        return route._replace(host=host, headers=headers, bare=bare)
+        return Snapshot(
+            config=config,
+            routes=routes,
+            hosts=hosts,
+            barred={**given.unserved(config), **missing},
+            asked=asked,
+            served=served,
+            names=(*config.allowed_hosts, *self._own_names),
+        )
 
     # ---- housekeeping
 
@@ -11312,10 +11477,10 @@ class RouterApp(App):
             return
         drop = _JUDGED_HERE
         if self._given.key:
-            drop = drop | self._check_key(request)
+            drop = drop | key_headers(request, self._given.key)
         if inference:
             target = inference + mark + query
-            asked = self._read_asked(client, request, inference, target, drop)
+            asked = read_asked(client, request, inference, target, drop)
             self._infer(client, asked)
         elif client.protocol:
             self._answer_ollama(client, request, client.protocol, drop)
@@ -11324,30 +11489,14 @@ class RouterApp(App):
 
     def _answer_ourselves(self, client: Client, request: Request, path: str,
                           drop: FrozenSet[bytes]) -> bool:
-        """Answer what the router knows itself; False for any other path."""
-        read, post = request.method in ("GET", "HEAD"), request.method == "POST"
-        told: Dict[str, Callable[[], Any]] = {
-            "/llmstack/snapshot": self.events.snapshot,
-            "/llmstack/state": self.state,
-            "/llmstack/memory": self.behind.memory,
-            "/llmstack/requests": self.requests,
-        }
-        models = _MODELS_PATH.match(path) if read else None
-        if path == "/llmstack/events" and request.method == "GET":
-            self.events.listen(client, request)
-        elif request.target == "/metrics" and read:     # with a query it is a model's own
-            text = self.events.counters.render(self._gauges())
-            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
-        elif read and path in told:
-            client.reply_json(told[path]())
-        elif read and path == "/models.ini":
-            self._models_ini_text(client)
-        elif models is not None:
-            name = unquoted(models.group(1) or "")
-            self._models(client, request, name, drop)
-        elif post and _ACTION.match(path):
+        """Answer what the router knows or does itself; False for any other path."""
+        if request.method in ("GET", "HEAD"):
+            return self._show(client, request, path, drop)
+        if request.method != "POST":
+            return False
+        if _ACTION.match(path):
             self._act(client, request, path, drop)
-        elif post and path == "/llmstack/reload":
+        elif path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
             answer = {"ok": not problem, "problem": problem}
@@ -11356,10 +11505,38 @@ class RouterApp(App):
             return False
         return True
 
+    def _show(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> bool:
+        """Answer what can be read here; False for any other path."""
+        told: Dict[str, Callable[[], Any]] = {
+            "/llmstack/snapshot": self.events.snapshot,
+            "/llmstack/state": self.state,
+            "/llmstack/memory": self.behind.memory,
+            "/llmstack/requests": self.requests,
+        }
+        models = _MODELS_PATH.match(path)
+        if path in told:
+            client.reply_json(told[path]())
+        elif models:
+            name = unquoted(models.group(1) or "")
+            self._models(client, request, name, drop)
+        elif path == "/llmstack/events" and request.method == "GET":
+            self.events.listen(client, request)
+        elif request.target == "/metrics":      # with a query it is a model's own
+            text = self.events.counters.render(self._gauges())
+            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif path == "/models.ini":
+            ini = models_ini_bytes(self._given.models_ini, self._given.bundled)
+            pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, ini, "text/plain; charset=utf-8", pid)
+        else:
+            return False
+        return True
+
     def _front(self, client: Client, request: Request) -> None:
         """The page for a browser; for others where the API is."""
         page = self._page
-        if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
+        accepted = request.fields.get(b"accept", b"").lower()
+        if page is not None and b"text/html" in accepted:
             client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
             return
         where = {"name": "llmstack", "api": "/v1", "models": "/v1/models"}
@@ -11371,7 +11548,7 @@ class RouterApp(App):
             raise HttpError(403, "what changes something wants an X-LLMStack header, or this"
                                  " router's own Origin", "forbidden")
         client.read_body(request)
-        verb, name = path.split("/")[2:4]
+        _, _, verb, name, *_ = path.split("/")
         if verb == "requests":
             ongoing = self._ongoing.get(int(name))
             if ongoing is None:
@@ -11389,7 +11566,7 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop)
+        self.behind.forward(client, wanted, b"", drop)
 
     def _pass_through(self, client: Client, request: Request, path: str,
                       drop: FrozenSet[bytes]) -> None:
@@ -11411,7 +11588,7 @@ class RouterApp(App):
             tier = self._resolve(request, name, drop)
             route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.pass_on(client, request, body, drop)
+            self.behind.forward(client, request, body, drop)
             return
         target = request.target
         if route.host is None:
@@ -11420,46 +11597,15 @@ class RouterApp(App):
         asked.place = place
         self._ask_named(client, asked, route)
 
-    def _check_key(self, request: Request) -> FrozenSet[bytes]:
-        """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
-        import hmac
-        scheme, _, token = request.header(b"authorization").partition(" ")
-        offered = {b"x-api-key": request.header(b"x-api-key")}
-        if scheme.lower() == "bearer":
-            offered[b"authorization"] = token.strip()
-        key = self._given.key.encode()
-        # compare_digest takes as long for a wrong key, however much of it is right.
-        ours = [name for name, value in offered.items()
-                if hmac.compare_digest(value.encode("latin-1"), key)]
-        if not ours:
-            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
-                                 " x-api-key", "authentication_error")
-        return frozenset(ours)
-
-    def _models_ini_text(self, client: Client) -> None:
-        """models.ini as it is on the disk now, or as bundled where there is no project."""
-        try:
-            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
-        except OSError:
-            if not self._given.bundled:
-                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
-                                     " start` in its project to seed one", "not_found") from None
-            text = self._given.bundled
-        if holds_secret(text.decode("utf-8", "replace")):
-            raise HttpError(404, "models.ini holds what looks like a key and is not served;"
-                                 " `llmstack reload` names the line", "not_found")
-        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
-        client.reply(200, text, "text/plain; charset=utf-8", pid)
-
     def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         """The list of what is behind us with `auto` in front; else what models.ini knows."""
         config = self.config
         try:
             listing = self.behind.models(request, drop)
-            theirs = [e for e in listing["data"] if isinstance(e, dict)]
+            theirs = [entry for entry in listing["data"] if isinstance(entry, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t) for t in config.tiers]
+            theirs = [tier_entry(tier) for tier in config.tiers]
         return {**listing, "data": list_models(config, theirs)}
 
     def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
@@ -11467,48 +11613,16 @@ class RouterApp(App):
         answer = self._listing(request, drop)
         anthropic = b"anthropic-version" in request.fields
         if name:
-            answer = self._one_model(answer["data"], name)
+            answer = entry_of(self.config, answer["data"], name)
             if anthropic:
                 answer = anthropic_model(answer)
         elif anthropic:
             answer = anthropic_models(answer["data"])
         client.reply_json(answer)
 
-    def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
-        """The entry of what a name means, under that name. Errors: HttpError 404."""
-        by_id = {str(entry.get("id")): entry for entry in entries}
-        for known in (name, resolve_name(self.config, name)):
-            if known in by_id:
-                return {**by_id[known], "id": name}
-        raise unknown_model(self.config, name)
-
-    def _offline(self) -> Dict[str, str]:
-        """Tiers whose host cannot be reached, with the reason."""
-        found = {}
-        for route in self._snapshot.routes.values():
-            host = route.host
-            if host is not None and host.offline:
-                found[route.tier.name] = host.why()
-        return found
-
     def state(self) -> Dict[str, Dict[str, str]]:
-        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
-        now = self._snapshot
-        found = {}
-        for route in now.routes.values():
-            if route.hosted:
-                found[route.tier.name] = {"state": "available", "reason": ""}
-        # What stands further down counts for more.
-        for state, tiers in (("failing", self._breaker.down()), ("offline", self._offline()),
-                             ("not served", now.barred)):
-            for name, why in tiers.items():
-                found[name] = {"state": state, "reason": why}
-        for route in now.routes.values():
-            status, why, _ = route.refused
-            if status:
-                state = "local_only" if status == 403 else "no credential"
-                found[route.tier.name] = {"state": state, "reason": why}
-        return found
+        """See Snapshot.state."""
+        return self._snapshot.state(self._breaker.down())
 
     # ---- for those who look on
 
@@ -11529,11 +11643,15 @@ class RouterApp(App):
     def look(self) -> Dict[str, Any]:
         """The router's parts of a snapshot."""
         watched = self.behind.watched()
-        models, parked = watched.get("models", {}), watched.get("parked", [])
-        in_memory = [row for row in models.values() if row["state"] in IN_MEMORY]
+        models = watched.get("models", {})
+        parked = watched.get("parked", [])
+        resident = 0
+        for row in models.values():
+            if row["state"] in IN_MEMORY:
+                resident += row.get("bytes", 0)
         memory = {
             "budget": watched.get("budget", 0),
-            "resident": sum(row.get("bytes", 0) for row in in_memory),
+            "resident": resident,
             "parked": sum(row["bytes"] for row in parked),
             "pressure": watched.get("pressure", ""),
         }
@@ -11547,7 +11665,8 @@ class RouterApp(App):
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
-        told, rows = self.state(), []
+        rows = []
+        told = self.state()
         for tier in self.config.tiers:
             name = tier.name
             mark = told.get(name, {"state": "unknown", "reason": ""})
@@ -11558,12 +11677,13 @@ class RouterApp(App):
                 "ctx_size": tier.ctx_size,
                 "per_s": self.events.rates.get(name, 0.0),
                 **mark,
-                **models.get(name, {}),
+                **models.get(name, {}),         # of what runs, its own word counts
             }
             row["reason"] = row["reason"] or mark["reason"]
             if tier.backend == "litellm" and row["state"] == "available":
                 row["state"] = models.get(PROXY, row)["state"]
-            if row["state"] == "not served" and row["reason"].startswith("missing "):
+            is_barred = row["state"] == "not served"
+            if is_barred and row["reason"].startswith("missing "):
                 row["state"] = "no credential"
             rows.append(row)
         return rows
@@ -11580,13 +11700,14 @@ class RouterApp(App):
 
     def _gauges(self) -> Samples:
         state = self.events.state()
+        memory = state["memory"]
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
-            ("llmstack_connections", ()): self.server.connections() if self.server else 0}
-        memory = state["memory"]
-        for kind in ("budget", "resident"):
-            samples["llmstack_memory_bytes", (kind,)] = memory[kind]
-        samples["llmstack_parked_bytes", ()] = memory["parked"]
+            ("llmstack_connections", ()): self.server.connections(),
+            ("llmstack_memory_bytes", ("budget",)): memory["budget"],
+            ("llmstack_memory_bytes", ("resident",)): memory["resident"],
+            ("llmstack_parked_bytes", ()): memory["parked"],
+        }
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -11606,16 +11727,18 @@ class RouterApp(App):
             return
         if path in ("/api/tags", "/api/ps"):
             entries = self._listing(request, drop)["data"]
-            if path == "/api/ps":
-                entries = [e for e in entries if "'loaded'" in str(e.get("status"))]
-            client.reply_json({"models": [ollama_model(entry) for entry in entries]})
+            if path == "/api/ps":               # what runs
+                entries = [entry for entry in entries if "'loaded'" in str(entry.get("status"))]
+            models = [ollama_model(entry) for entry in entries]
+            client.reply_json({"models": models})
             return
         values = read_object(body)
         model = values.get("model") or values.get("name")
         if path in _OLLAMA_ASKS:
             self._ask_ollama(client, request, path, {**values, "model": model}, drop)
             return
-        entry = self._one_model(self._listing(request, drop)["data"], str(model))
+        entries = self._listing(request, drop)["data"]
+        entry = entry_of(self.config, entries, str(model))
         if path == "/api/show":
             client.reply_json(ollama_show(entry))
         else:                                   # /api/pull: there is nothing to fetch
@@ -11631,9 +11754,10 @@ class RouterApp(App):
         else:
             texts = values.get("input", values.get("prompt"))
             asks = {"model": values["model"], "input": texts}
-        stream = asks.get("stream", False)
-        translation = OllamaAnswer(path, str(values["model"] or "auto"), stream)
-        if chats and not (values.get("prompt") or values.get("messages")):
+        model = str(values["model"] or "auto")
+        translation = OllamaAnswer(path, model, asks.get("stream", False))
+        says = values.get("prompt") or values.get("messages")
+        if chats and not says:
             # `ollama run` asks for nothing to have the model loaded; its first words do that here.
             client.reply(200, translation.nothing(), translation.content_type.decode())
             return
@@ -11658,34 +11782,24 @@ class RouterApp(App):
         finally:
             del self._ongoing[number]
 
-    @staticmethod
-    def _read_asked(client: Client, request: Request, path: str, target: str,
-                    drop: FrozenSet[bytes]) -> Asked:
-        """Read an inference request. Errors: HttpError, ClientGone."""
-        request, body = read_decoded(client, request)
-        values = read_object(body)
-        if b"json" not in request.fields.get(b"content-type", b"").lower():
-            request = with_header(request, _AS_JSON)   # curl -d says it is a form
-        if values.get("stream") is True:
-            request = with_header(request, UNCOMPRESSED)
-        return Asked(request, path, target, body, values, drop)
-
     def _answer_asked(self, client: Client, asked: Asked) -> None:
-        name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
+        request, drop = asked.request, asked.drop
+        name = self._resolve(request, asked.model, drop, asked.path)
         if name == "auto":
             self._ask_ladder(client, asked)
         elif name:
-            self._ask_named(client, asked, self._snapshot.routes[name])
+            route = self._snapshot.routes[name]
+            self._ask_named(client, asked, route)
         else:
-            self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop)
+            self._check_served(asked)
+            self.behind.forward(client, request, asked.body, drop)
 
     def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
                  path: str = "") -> str:
         """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
         config = self.config
         name = resolve_on_path(config, path, model)
-        if not (name and self.behind.has_others and isinstance(model, str)):
+        if not name or not self.behind.has_others or not isinstance(model, str):
             return name
         if is_auto(model) or tier_named(config, model):
             return name
@@ -11699,21 +11813,23 @@ class RouterApp(App):
             return ""
         return name
 
-    def _check_served(self, model: object, role: str = "") -> None:
+    def _check_served(self, asked: Asked) -> None:
         """Errors: HttpError 404, for a name that nothing behind us may know either."""
         config = self.config
         direct = all(tier.backend == "openai" for tier in config.tiers)
-        if not direct and self.behind.has_others:
+        if self.behind.has_others and not direct:
             return
+        role = PATH_ROLES.get(asked.path, "")
         if role and config.by_role(role) is None:
             raise HttpError(404, f"no tier does this: give one role = {role} in models.ini, with"
                                  " a model made for it, then `llmstack restart`", "not_found")
-        raise unknown_model(config, model)
+        raise unknown_model(config, asked.model)
 
     def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
-        ongoing = list(self._ongoing.items())
-        return {"requests": [asked.row(number) for number, (_, asked) in ongoing]}
+        ongoing = list(self._ongoing.items())   # other threads add to it meanwhile
+        rows = [asked.row(number) for number, (_, asked) in ongoing]
+        return {"requests": rows}
 
     def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
@@ -11728,57 +11844,28 @@ class RouterApp(App):
         looks = asked.look_at_prompt if facts else None
         outcome = self._ask(client, asked, route, headers=looks)
         name = route.tier.name
-        if outcome.state == "done" and outcome.status < 400:
+        if outcome.answered:
             self._breaker.answered(name)
         self._finish(client, outcome, f"{asked.path} {name}", route)
         if facts:
-            self._note(asked, record_row(facts, asked.path, name, outcome), ())
+            row = record_row(facts, asked.path, name, outcome)
+            self._publish(asked, row)
 
-    def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
-        """What a request leaves behind on the tier of its conversation's last turn."""
-        held, old, new = asked.known.held, asked.known.tier, decision.tier
-        tokens = held.get(old, 0)
-        if not tokens or old == new or decision.rung == "fim":
-            return STAYS
-        needed = decision.facts.full_tokens
-        old_pace = self.behind.pace(old, needed)
-        new_pace = self.behind.pace(new, needed)
-        held_there = min(held.get(new, 0), needed)
-        cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
-        return Leaving(old, tokens, cost_s)
-
-    def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
-        """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, tier = asked.known, row["tier"]
-        before, now = known.segments, asked.segments
-        if len(now) > len(before) > 0:          # as many messages or fewer: it began anew
-            share, where = same_beginning(before, now)
-            row["same"] = round(share, 3)
-            row["differs"] = where
-            row["held"] = known.held.get(tier, 0)
-            row["client"] = client_named(asked.request.fields)
-        if known.tier not in ("", tier):
-            cost_s = round(asked.leaving.cost_s, 1)
-            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
-        answered = row["ended"] == "done" and row["status"] < 400
-        if answered and row["truth"]:
-            held = row["truth"] + row["output"]
-            self._conversations.answered(asked.thread, tier, held, now)
-
-    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
-        """Keep a request in the decision record, and for those who look on."""
-        self._note_turn(asked, row)
-        total_s = time.monotonic() - asked.began_s
+    def _publish(self, asked: Asked, row: Dict[str, Any]) -> None:
+        """Complete a request's row, for the record and for those who look on; keep its turn."""
+        compare_turns(asked, row)
+        truth, output = row["truth"], row["output"]
+        if truth and row["ended"] == "done" and row["status"] < 400:
+            self._conversations.answered(asked.thread, row["tier"], truth + output, asked.segments)
+        total_s = asked.age_s()
         row["conversation"] = self.events.name_of(asked.conversation)
         row["wait_s"] = round(asked.wait_s, 3)
         row["total_s"] = round(total_s, 3)
         row["stream"] = asked.stream
-        if fallbacks:
-            row["fallbacks"] = list(fallbacks)
-        writing_s = total_s - row["wait_s"] - row["first_byte_s"]
-        unsaid = "per_s" not in row and row["output"]
-        if asked.stream and unsaid and writing_s > 0.1:     # in one piece, no rate can be told
-            row["per_s"] = round(row["output"] / writing_s, 1)
+        if asked.stream and output and "per_s" not in row:
+            writing_s = total_s - row["wait_s"] - row["first_byte_s"]
+            if writing_s > 0.1:                 # it came in one piece: no rate can be told
+                row["per_s"] = round(output / writing_s, 1)
         if self._record is not None:
             self._record.add(row)
         self.events.add(row)
@@ -11794,8 +11881,9 @@ class RouterApp(App):
             facts = facts._replace(auto=True)
         if held_by_all(facts, config):
             return facts
-        asked.estimate = class_tokens(asked.texts)
+        # Not its thread's: a conversation's side requests are in the same language.
         ratio = self._conversations.get(asked.conversation).ratio
+        asked.estimate = class_tokens(asked.texts)
         return facts._replace(classes=asked.estimate, ratio=ratio)
 
     def _decide(self, asked: Asked, now: Snapshot) -> Decision:
@@ -11803,9 +11891,9 @@ class RouterApp(App):
         facts = self._facts_of(asked, now.config)
         down = self._breaker.down()
         if now.hosts:
-            down.update(self._offline())
+            down.update(now.offline())
         decision = decide(facts, now.config, down, now.barred)
-        asked.leaving = self._leaving(asked, decision)
+        asked.leaving = leaving_of(asked.known, decision, self.behind)
         asked.loop = in_tool_loop(asked.values)
         return stay_or_go(decision, asked.leaving, asked.loop)
 
@@ -11814,10 +11902,13 @@ class RouterApp(App):
         now = self._snapshot
         decision = self._decide(asked, now)
         descent = Descent(asked, decision, now, self._breaker, self._conversations)
-        if now.config.patience_s and decision.facts.full_tokens <= TINY_TOKENS:
+        patience_s = now.config.patience_s
+        if patience_s and decision.facts.full_tokens <= TINY_TOKENS:
+            # A title's request need not wait behind a long answer where another tier idles.
             idle = self._idle_beside(decision.chain)
-            descent.prefer(idle)
-            asked.patience_s = now.config.patience_s if idle else 0.0
+            if idle:
+                descent.prefer(idle)
+                asked.patience_s = patience_s
         outcome = self._try(client, descent)
         while descent.settle(outcome):
             asked.patience_s = 0.0
@@ -11826,35 +11917,40 @@ class RouterApp(App):
 
     def _finish_descent(self, client: Client, descent: Descent, outcome: Outcome) -> None:
         """Tell client, log, record and conversation how an `auto` request ended."""
-        asked, decision, reason = descent.asked, descent.decision, descent.reason
-        what = f"auto -> {descent.tier.name}"
-        ms = (time.monotonic() - asked.began_s) * 1000
-        ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
+        asked, decision = descent.asked, descent.decision
+        name, rung, reason = descent.tier.name, decision.rung, descent.reason
+        what = f"auto -> {name}"
+        how = outcome.status or outcome.state
+        line = f"{what} [{rung}] {reason}; {how} in {asked.age_s() * 1000:,.0f} ms"
         if descent.fallbacks:
-            ended += f"; fell back {', '.join(descent.fallbacks)}"
-        self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
+            line += f"; fell back {', '.join(descent.fallbacks)}"
+        self.log.info(line)
         self._finish(client, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
-        row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
+        row = record_row(decision.facts, asked.path, name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
-        row["rung"] = decision.rung
+        row["rung"] = rung
         row["reason"] = reason
         row["passed_over"] = decision.passed_over
-        self._note(asked, row, descent.fallbacks)
+        if descent.fallbacks:
+            row["fallbacks"] = descent.fallbacks
+        self._publish(asked, row)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
+        first = chain[0]
+        if first.backend != "gguf":             # a hosted one is never busy
+            return []
         rows = self.behind.watched().get("models", {})
         busy = {asked.tier for _, asked in list(self._ongoing.values())}
         idle = []
         for tier in chain:
-            state = rows.get(tier.name, {}).get("state")
-            if state == "loaded" and tier.name not in busy:
+            name = tier.name
+            if name in rows and rows[name]["state"] == "loaded" and name not in busy:
                 idle.append(tier)
-        own = chain[0]
-        if own in idle or own.backend != "gguf":
+        if first in idle:
             return []
         return idle
 
@@ -11868,9 +11964,8 @@ class RouterApp(App):
         try:
             return self._ask(client, asked, route, descent.judge, descent.headers)
         except ClientGone:
-            ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
-                          f" the client left after {ms:,.0f} ms")
+            self.log.info(f"auto -> {route.tier.name} {descent.reason};"
+                          f" the client left after {asked.age_s() * 1000:,.0f} ms")
             raise
 
     def _ask(self, client: Client, asked: Asked, route: Route,
@@ -11878,7 +11973,8 @@ class RouterApp(App):
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
         request, target, drop = asked.request, asked.target, asked.drop
-        tier, by_ladder = route.tier.name, judge is not None
+        tier = route.tier.name
+        by_ladder = judge is not None
         name = route.model
         # What is behind us knows a tier's own names, but not `auto` and names by pattern.
         if not name and (by_ladder or asked.model not in self._snapshot.routes):
@@ -11892,6 +11988,7 @@ class RouterApp(App):
             drop = frozenset()                  # it has dropped more already
         asked.tier, asked.lease = tier, lease
         first_byte_s = 0.0
+        # A local model may read a prompt for minutes; a host that is silent so long has trouble.
         if by_ladder and route.hosted and asked.stream:
             first_byte_s = FIRST_BYTE_S
         told = asked.stream and asked.translation is None
@@ -11920,9 +12017,11 @@ class RouterApp(App):
             self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
-        nobody, remedy = self.behind.nobody, self.behind.remedy
+        nobody = self.behind.nobody
+        remedy = self.behind.remedy
         if route.host is not None:
-            nobody, remedy = f"no answer from {route.host.url}", ""
+            nobody = f"no answer from {route.host.url}"
+            remedy = ""
         lines = extra() if extra else b""
         tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
 
@@ -14677,7 +14776,7 @@ class EngineApp(Behind):
     def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
         return {"object": "list", "data": self._listing()}
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
+    def forward(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
@@ -15046,7 +15145,7 @@ class SwapApp(UpstreamApp):
             return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
+    def forward(self, client: Client, request: Request, body: bytes,
                 drop: FrozenSet[bytes]) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
@@ -15054,7 +15153,7 @@ class SwapApp(UpstreamApp):
             self._bays.park(request.target[len(park):])
             client.reply(200, b"OK", _PLAIN)
             return
-        super().pass_on(client, request, body, drop)
+        super().forward(client, request, body, drop)
 
 
 # ==================================================================================================
