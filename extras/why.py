@@ -143,7 +143,8 @@ def why_words(decision: Any, llmstack: Any) -> str:
         return f"{what}, for {best.name}. But {decision.refused[best.name]}"
     need = llmstack.tokens_needed(facts, chosen)
     if need > chosen.ctx_size:
-        return f"{what}. No tier holds {need:,} tokens; this one has the largest context"
+        return (f"{what}. No tier holds {need:,} tokens ({facts.source});"
+                " this one has the largest context")
     if best.role != llmstack.RUNGS[decision.rung][0] and aim != "the best tier you have":
         aim = f"there is no {llmstack.RUNGS[decision.rung][0]} tier here"
     return f"{what}: {aim}"
@@ -218,6 +219,7 @@ def main(argv: Sequence[str], llmstack: Any) -> Any:
     if renamed:
         reason = f"{renamed}: {reason}"
     found = {"tier": decision.tier, "rung": decision.rung, "tokens": decision.tokens,
+             "needs": decision.facts.full_tokens, "source": decision.facts.source,
              "reason": reason, "refused": decision.refused, "nearest": decision.nearest or None,
              "takes": costs}
     lines = render_why(decision, renamed, wrong, costs, llmstack)

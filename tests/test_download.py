@@ -727,6 +727,50 @@ def test_what_llama_server_has_brought_is_not_fetched_again(hub: FakeHub, places
         assert not [s for s in hub.fetched() if "fast-Q4" in s.path]
 
 
+def watch_download(program: list[str], config: llmstack.Config, hub: FakeHub, directory: Path) -> None:
+    """Load code-fast, whose file llama-server fetches and the hub holds back in its middle."""
+    shutil.rmtree(cache(), ignore_errors=True)
+    hub.gate.clear()
+    refused = llmstack.probe_flags(program, config, str(directory))
+    engine = llmstack.Engine(config, lambda tier, port: llmstack.server_command(program, tier, config, port, refused),
+                             llmstack.Log(str(directory / "log")), lambda name: str(directory / name),
+                             llmstack.EnginePlan(os.environ, 8.0))
+    ticket = engine.lease("code-fast")
+    try:
+        until(lambda: ticket.ready() or re.fullmatch(r"downloading code-fast [1-5][0-9]? %", ticket.stage()),
+              "the percent", 60)
+        row = engine.watched()["models"]["code-fast"]
+        assert 0 < row["share"] < 0.6
+        assert row["reason"] == "its file is downloaded first"
+        hub.gate.set()
+        until(ticket.ready, "the model", 60)
+    finally:
+        hub.gate.set()
+        ticket.end()
+        engine.close()
+
+
+def test_who_waits_for_a_download_is_told_how_far_it_is(hub: FakeHub, real_data: Path, home: Path) -> None:
+    data = render_noise_gguf()
+    hub.repos["owner/fast-GGUF"]["fast-Q4.gguf"] = data
+    hub.hold_after = len(data) // 2
+    sized = f"hf_file = fast-Q4.gguf\nctx_size = 512\nsize_gb = {len(data) / 1e9:.6f}\n"
+    config = llmstack.parse_models_ini(INI.replace("hf_file = fast-Q4.gguf\n", sized))[0]
+    for program in servers(real_data):
+        watch_download(program, config, hub, home)
+
+
+def test_the_share_of_a_download_needs_its_size(places: llmstack.Places) -> None:
+    blobs = Path(llmstack.repo_dir(cache(), "owner/a-GGUF"), "blobs")
+    blobs.mkdir(parents=True)
+    (blobs / "ab.downloadInProgress").write_bytes(bytes(250_000))
+    (blobs / "cd.incomplete").write_bytes(bytes(250_000))               # huggingface_hub's, not what is waited for
+    tier = llmstack.Tier("a", hf_repo="owner/a-GGUF", hf_file="a.gguf", size_gb=0.001)
+    for size_gb, share in ((0.001, 0.25), (0.0, 0.0)):
+        weights = llmstack.weights_for(tier._replace(size_gb=size_gb))
+        assert llmstack.downloaded_share(weights, os.environ) == share
+
+
 # ---- check
 
 

@@ -497,7 +497,10 @@ def test_what_does_not_fit_below_goes_up(fast: int, agent: int, ultra: int, aske
 def test_the_largest_context_serves_where_none_holds() -> None:
     decision = decide(facts(200_000), WITH_ULTRA)
     assert [t.name for t in decision.chain] == ["code-fast"]
-    assert "no tier holds 201,024 tokens" in decision.reason
+    assert "no tier holds 201,024 tokens (estimated)" in decision.reason
+    measured = decide(facts(200_000, classes=150_000, ratio=1.2), WITH_ULTRA)
+    assert "no tier holds 181,024 tokens (measured)" in measured.reason
+    assert measured.refused["code-ultra"].endswith("this needs 181,024 (measured)")
 
 
 @pytest.mark.parametrize(("down", "tier", "chain"), [
@@ -591,16 +594,16 @@ def test_auto_never_picks_a_tier_that_cannot_hold_the_request_while_another_can(
     (facts(20_000), "20,000 tokens <= 32,000: heavy local coder",
      {"code-fast": "below the tier taken", "code-ultra": "20,000 tokens > 12,000 and no trigger"}),
     (facts(40_000, 11), "40,000 tokens, 11 user turns >= 10: keep the heavy coder",
-     {"code-fast": "below the tier taken", "code-ultra": "code-ultra holds 24,000 tokens, this needs 41,024"}),
+     {"code-fast": "below the tier taken", "code-ultra": "code-ultra holds 24,000 tokens, this needs 41,024 (estimated)"}),
     (facts(40_000, 3), "40,000 tokens > 32,000: stepping down to the long window",
      {"code-smart": "40,000 tokens > 32,000 and 3 user turns < 10",
-      "code-ultra": "code-ultra holds 24,000 tokens, this needs 41,024"}),
+      "code-ultra": "code-ultra holds 24,000 tokens, this needs 41,024 (estimated)"}),
     (facts(100, trigger="[opus]"), "[opus] asks for the top tier",
      {"code-fast": "below the tier taken", "code-smart": "below the tier taken"}),
     (facts(70_000, 10), "70,000 tokens, 10 user turns >= 10: keep the heavy coder; code-smart holds 65,536 tokens,"
-     " this needs 71,024, so code-fast",
-     {"code-smart": "code-smart holds 65,536 tokens, this needs 71,024",
-      "code-ultra": "code-ultra holds 24,000 tokens, this needs 71,024"}),
+     " this needs 71,024 (estimated), so code-fast",
+     {"code-smart": "code-smart holds 65,536 tokens, this needs 71,024 (estimated)",
+      "code-ultra": "code-ultra holds 24,000 tokens, this needs 71,024 (estimated)"}),
     (facts(100, fim=True), "infill belongs to the fast tier",
      {"code-smart": "infill goes to the fast tier", "code-ultra": "infill goes to the fast tier"}),
 ])
@@ -950,12 +953,13 @@ def test_why_explains_a_request_to_programs(capsys: pytest.CaptureFixture[str]) 
     write_ini(INI)
     assert why(chat("x" * 4 * 33_000), "--json") == 0
     out = json.loads(capsys.readouterr().out)
-    assert list(out) == ["tier", "rung", "tokens", "reason", "refused", "nearest", "takes"]
+    assert list(out) == ["tier", "rung", "tokens", "needs", "source", "reason", "refused", "nearest",
+                         "takes"]
     assert out == {
-        "tier": "code-fast", "rung": "long", "tokens": 33_000,
+        "tier": "code-fast", "rung": "long", "tokens": 33_000, "needs": 26_796, "source": "estimated",
         "reason": "33,000 tokens > 32,000: stepping down to the long window",
         "refused": {"code-smart": "33,000 tokens > 32,000 and 1 user turns < 10",
-                    "code-ultra": "code-ultra holds 24,000 tokens, this needs 27,820"},
+                    "code-ultra": "code-ultra holds 24,000 tokens, this needs 27,820 (estimated)"},
         "nearest": "9 more user turns \u2192 code-smart",
         "takes": {},
     }

@@ -90,7 +90,7 @@ def test_why_takes_plain_words(project: Path, capsys: pytest.CaptureFixture[str]
     ({"messages": said(11_999), "max_tokens": 20_000},
      "code-ultra. Short prompt (11,999 of 12,000 tokens): the best tier you have"),
     ({"messages": said(200_000)}, "code-fast. Long prompt (200,000 tokens, more than 32,000)."
-                                  " No tier holds 163,424 tokens; this one has the largest context"),
+                                  " No tier holds 163,424 tokens (estimated); this one has the largest context"),
     ({"model": "plan"}, "plan. Asked for by name"),
     ({"model": "gpt-4o"}, "code-ultra. gpt-4o is auto here."
                           " Short prompt (1 of 12,000 tokens): the best tier you have"),
