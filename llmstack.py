@@ -119,6 +119,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Container,
     Dict,
     FrozenSet,
     Iterable,
@@ -8943,7 +8944,6 @@ class Terms(NamedTuple):
     """What a relay heeds besides the request: the defaults pass everything on as it comes."""
 
     extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
-    drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
     # True: an error another tier may do better on.
     judge: Optional[Callable[[int, str], bool]] = None
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
@@ -9098,9 +9098,15 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
 UNCOMPRESSED = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
+def without_headers(request: Request, names: Container[bytes]) -> Request:
+    """The request without the headers of these names; its `fields` say on what they were."""
+    kept = [header for header in request.headers if header[0] not in names]
+    return request._replace(headers=tuple(kept))
+
+
 def with_header(request: Request, header: Header) -> Request:
     """The request with a header instead of any of the same name."""
-    others = tuple(h for h in request.headers if h[0] != header[0])
+    others = without_headers(request, (header[0],)).headers
     return request._replace(headers=(*others, header))
 
 
@@ -9108,12 +9114,11 @@ _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
 _KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
-def request_head(request: Request, upstream: Upstream, target: str, length: int,
-                 drop: FrozenSet[bytes] = frozenset()) -> bytes:
+def request_head(request: Request, upstream: Upstream, target: str, length: int) -> bytes:
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
     lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
-    drop = drop | request.words
+    drop = request.words
     if upstream.key:
         drop = drop | _KEY_HEADERS
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
@@ -9457,7 +9462,7 @@ def relay(client: Client, request: Request, upstream: Upstream, target: str, bod
     is passed on. `body` gets the head in front, and is emptied once an answer goes on.
     Errors: ClientGone, after the upstream's connection has been closed.
     """
-    head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
+    head = request_head(request, upstream, target, sum(map(len, body)))
     body.insert(0, head)
     return _Relay(client, request, body, terms).run(upstream)
 
@@ -9996,7 +10001,7 @@ class Behind(App):
         """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
         raise NotImplementedError
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
         raise NotImplementedError
 
@@ -10008,18 +10013,17 @@ class Behind(App):
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
 
-    def forward(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
 
     def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
-                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
+                   stream: bool) -> Outcome:
         """Pass a request on as it is; `stream`: it asks for one. Errors: ClientGone."""
         path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
-        terms = Terms(drop=drop, ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
+        terms = Terms(ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
         pieces = [body] if body else []
         return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
@@ -10047,7 +10051,7 @@ class Behind(App):
             reply_preflight(client, request)
             return
         body = client.read_body(request)
-        self.forward(client, request, body, frozenset())
+        self.forward(client, request, body)
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -10075,10 +10079,10 @@ class UpstreamApp(Behind):
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         keys = b""
         for name, _, line in request.headers:
-            if name in (b"authorization", b"x-api-key") and name not in drop:
+            if name in (b"authorization", b"x-api-key"):
                 keys += line + b"\r\n"
         _, mark, query = request.target.partition("?")
         target = "/v1/models" + mark + query
@@ -10088,8 +10092,7 @@ class UpstreamApp(Behind):
             raise ValueError(response.status)
         return listing
 
-    def forward(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         name, stream = "", False
         if inference_path(request.target):
             values = _json_of(request, body)
@@ -10098,8 +10101,9 @@ class UpstreamApp(Behind):
                 stream = values.get("stream") is True
         if stream:
             request = with_header(request, UNCOMPRESSED)
-        outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
-        what = f"{request.method} {request.target.partition('?')[0]}"
+        outcome = self.relay_over(self.lease(name), client, request, body, stream)
+        path, _, _ = request.target.partition("?")
+        what = f"{request.method} {path}"
         tell_failure(client, self.log, what, outcome, self.nobody, self.remedy)
 
 
@@ -10949,7 +10953,6 @@ _OF_THE_CLIENT = frozenset({
     b"accept-encoding",
     b"connection",
 })
-_JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
 
 
 def host_of(url: str, log: Log, clock: Callable[[], float]) -> Host:
@@ -10977,8 +10980,7 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
-    drop = _OF_THE_CLIENT | request.words
-    kept = [header for header in request.headers if header[0] not in drop]
+    kept = without_headers(request, _OF_THE_CLIENT | request.words).headers
     request = request._replace(headers=(*kept, *route.headers, UNCOMPRESSED))
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
@@ -10993,8 +10995,7 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     body = client.read_body(request)
     if b"content-encoding" in request.fields:
         body = decoded_body(request.header(b"content-encoding"), body)
-        others = [header for header in request.headers if header[0] != b"content-encoding"]
-        request = request._replace(headers=tuple(others))
+        request = without_headers(request, (b"content-encoding",))
     if body.startswith(b"\xef\xbb\xbf{"):
         body = body[3:]
     return request, body
@@ -11040,13 +11041,12 @@ class Asked:
     leaving = STAYS
 
     def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+                 values: Dict[str, Any]) -> None:
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
         self.body = body
         self.values = values                    # of the body
-        self.drop = drop                        # headers that stay here
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
@@ -11099,8 +11099,7 @@ class Asked:
         return "reading the prompt" + percent_words(self.lease.prompt_read())
 
 
-def read_asked(client: Client, request: Request, path: str, target: str,
-               drop: FrozenSet[bytes]) -> Asked:
+def read_asked(client: Client, request: Request, path: str, target: str) -> Asked:
     """Read an inference request. Errors: HttpError, ClientGone."""
     request, body = read_decoded(client, request)
     values = read_object(body)
@@ -11108,7 +11107,7 @@ def read_asked(client: Client, request: Request, path: str, target: str,
         request = with_header(request, _AS_JSON)        # curl -d says it is a form
     if values.get("stream") is True:
         request = with_header(request, UNCOMPRESSED)
-    return Asked(request, path, target, body, values, drop)
+    return Asked(request, path, target, body, values)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
@@ -11476,27 +11475,27 @@ class RouterApp(App):
         if path == "/" and request.method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop = _JUDGED_HERE
         if self._given.key:
-            drop = drop | key_headers(request, self._given.key)
+            request = without_headers(request, key_headers(request, self._given.key))
+        if b"origin" in request.fields:         # judged here; what is behind would refuse it
+            request = without_headers(request, (b"origin",))
         if inference:
             target = inference + mark + query
-            asked = read_asked(client, request, inference, target, drop)
+            asked = read_asked(client, request, inference, target)
             self._infer(client, asked)
         elif client.protocol:
-            self._answer_ollama(client, request, client.protocol, drop)
-        elif not self._answer_ourselves(client, request, path, drop):
-            self._pass_through(client, request, path, drop)
+            self._answer_ollama(client, request, client.protocol)
+        elif not self._answer_ourselves(client, request, path):
+            self._pass_through(client, request, path)
 
-    def _answer_ourselves(self, client: Client, request: Request, path: str,
-                          drop: FrozenSet[bytes]) -> bool:
+    def _answer_ourselves(self, client: Client, request: Request, path: str) -> bool:
         """Answer what the router knows or does itself; False for any other path."""
         if request.method in ("GET", "HEAD"):
-            return self._show(client, request, path, drop)
+            return self._show(client, request, path)
         if request.method != "POST":
             return False
         if _ACTION.match(path):
-            self._act(client, request, path, drop)
+            self._act(client, request, path)
         elif path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
@@ -11506,7 +11505,7 @@ class RouterApp(App):
             return False
         return True
 
-    def _show(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> bool:
+    def _show(self, client: Client, request: Request, path: str) -> bool:
         """Answer what can be read here; False for any other path."""
         told: Dict[str, Callable[[], Any]] = {
             "/llmstack/snapshot": self.events.snapshot,
@@ -11519,7 +11518,7 @@ class RouterApp(App):
             client.reply_json(told[path]())
         elif models:
             name = unquoted(models.group(1) or "")
-            self._models(client, request, name, drop)
+            self._models(client, request, name)
         elif path == "/llmstack/events" and request.method == "GET":
             self.events.listen(client, request)
         elif request.target == "/metrics":      # with a query it is a model's own
@@ -11543,7 +11542,7 @@ class RouterApp(App):
         where = {"name": "llmstack", "api": "/v1", "models": "/v1/models"}
         client.reply_json(where, extra=b"Vary: Accept\r\n")
 
-    def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+    def _act(self, client: Client, request: Request, path: str) -> None:
         """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
         if not may_change(request):
             raise HttpError(403, "what changes something wants an X-LLMStack header, or this"
@@ -11567,51 +11566,48 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.forward(client, wanted, b"", drop)
+        self.behind.forward(client, wanted, b"")
 
-    def _pass_through(self, client: Client, request: Request, path: str,
-                      drop: FrozenSet[bytes]) -> None:
+    def _pass_through(self, client: Client, request: Request, path: str) -> None:
         """Everything else is for the tier that it names, or for what is behind us."""
         request, body = read_decoded(client, request)
         values = _json_of(request, body)
         place: Optional[Tuple[int, int]] = None
-        if isinstance(values, dict):
-            name = values.get("model")
-        else:
+        if not isinstance(values, dict):
             place = form_model(request.header(b"content-type"), body)
             start, end = place
             in_form = str(body[start:end], "utf-8", "replace").strip()
-            name = in_form or _asked_in(request.target)
-            values = {"model": name}
+            values = {"model": in_form or _asked_in(request.target)}
+        name = values.get("model")
         route: Optional[Route] = None
         named = isinstance(name, str) and not is_auto(name)
         if named and not path.startswith("/upstream/"):     # that names its model in its path
-            tier = self._resolve(request, name, drop)
+            tier = self._resolve(request, name)
             route = self._snapshot.routes.get(tier)
         if route is None:
-            self.behind.forward(client, request, body, drop)
+            self.behind.forward(client, request, body)
             return
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        asked = Asked(request, path, target, body, values, drop)
+        asked = Asked(request, path, target, body, values)
         asked.place = place
         self._ask_named(client, asked, route)
 
-    def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def _listing(self, request: Request) -> Dict[str, Any]:
         """The list of what is behind us with `auto` in front; else what models.ini knows."""
         config = self.config
         try:
-            listing = self.behind.models(request, drop)
+            listing = self.behind.models(request)
             theirs = [entry for entry in listing["data"] if isinstance(entry, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
             theirs = [tier_entry(tier) for tier in config.tiers]
         return {**listing, "data": list_models(config, theirs)}
 
-    def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
+    def _models(self, client: Client, request: Request, name: str) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
-        answer = self._listing(request, drop)
+        answer = self._listing(request)
         anthropic = b"anthropic-version" in request.fields
         if name:
             answer = entry_of(self.config, answer["data"], name)
@@ -11719,15 +11715,14 @@ class RouterApp(App):
 
     # ---- Ollama's API
 
-    def _answer_ollama(self, client: Client, request: Request, path: str,
-                       drop: FrozenSet[bytes]) -> None:
+    def _answer_ollama(self, client: Client, request: Request, path: str) -> None:
         """Answer a path of Ollama's API. Errors: HttpError, ClientGone."""
         request, body = read_decoded(client, request)
         if path == "/api/version":
             client.reply_json({"version": OLLAMA_VERSION})
             return
         if path in ("/api/tags", "/api/ps"):
-            entries = self._listing(request, drop)["data"]
+            entries = self._listing(request)["data"]
             if path == "/api/ps":               # what runs
                 entries = [entry for entry in entries if "'loaded'" in str(entry.get("status"))]
             models = [ollama_model(entry) for entry in entries]
@@ -11736,17 +11731,17 @@ class RouterApp(App):
         values = read_object(body)
         model = values.get("model") or values.get("name")
         if path in _OLLAMA_ASKS:
-            self._ask_ollama(client, request, path, {**values, "model": model}, drop)
+            self._ask_ollama(client, request, path, {**values, "model": model})
             return
-        entries = self._listing(request, drop)["data"]
+        entries = self._listing(request)["data"]
         entry = entry_of(self.config, entries, str(model))
         if path == "/api/show":
             client.reply_json(ollama_show(entry))
         else:                                   # /api/pull: there is nothing to fetch
             client.reply_json({"status": "success"})
 
-    def _ask_ollama(self, client: Client, request: Request, path: str, values: Dict[str, Any],
-                    drop: FrozenSet[bytes]) -> None:
+    def _ask_ollama(self, client: Client, request: Request, path: str,
+                    values: Dict[str, Any]) -> None:
         """Ask a model what a request of Ollama's API asks. Errors: HttpError, ClientGone."""
         target = _OLLAMA_ASKS[path]
         chats = target != "/v1/embeddings"
@@ -11764,7 +11759,7 @@ class RouterApp(App):
             return
         request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
         body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
-        asked = Asked(request, target, target, body, asks, drop)
+        asked = Asked(request, target, target, body, asks)
         asked.translation = translation
         self._infer(client, asked)
 
@@ -11784,8 +11779,7 @@ class RouterApp(App):
             del self._ongoing[number]
 
     def _answer_asked(self, client: Client, asked: Asked) -> None:
-        request, drop = asked.request, asked.drop
-        name = self._resolve(request, asked.model, drop, asked.path)
+        name = self._resolve(asked.request, asked.model, asked.path)
         if name == "auto":
             self._ask_ladder(client, asked)
         elif name:
@@ -11793,10 +11787,9 @@ class RouterApp(App):
             self._ask_named(client, asked, route)
         else:
             self._check_served(asked)
-            self.behind.forward(client, request, asked.body, drop)
+            self.behind.forward(client, asked.request, asked.body)
 
-    def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
-                 path: str = "") -> str:
+    def _resolve(self, request: Request, model: object, path: str = "") -> str:
         """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
         config = self.config
         name = resolve_on_path(config, path, model)
@@ -11806,7 +11799,7 @@ class RouterApp(App):
             return name
         # A model that is there comes before a pattern that would send it elsewhere.
         try:
-            entries = self.behind.models(request, drop)["data"]
+            entries = self.behind.models(request)["data"]
             theirs = [entry["id"] for entry in entries]
         except _NO_LISTING:
             return name
@@ -11973,7 +11966,8 @@ class RouterApp(App):
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
-        request, target, drop = asked.request, asked.target, asked.drop
+        request = asked.request
+        target = asked.target
         tier = route.tier.name
         by_ladder = judge is not None
         name = route.model
@@ -11986,8 +11980,8 @@ class RouterApp(App):
         else:
             lease = Lease(route.host)
             request, target = host_request(request, route, target)
-            drop = frozenset()                  # it has dropped more already
-        asked.tier, asked.lease = tier, lease
+        asked.tier = tier
+        asked.lease = lease
         first_byte_s = 0.0
         # A local model may read a prompt for minutes; a host that is silent so long has trouble.
         if by_ladder and route.hosted and asked.stream:
@@ -11997,7 +11991,6 @@ class RouterApp(App):
         waiting = Waiting(client, asked.path, told, lease.stage, mode, headers)
         terms = Terms(
             extra=headers,
-            drop=drop,
             judge=judge,
             waiting=waiting.tell,
             ends=STREAM_ENDS.get(asked.path, ()),
@@ -14795,11 +14788,10 @@ class EngineApp(Behind):
     def pace(self, name: str, tokens: int) -> Pace:
         return self.engine.pace(name, tokens)
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         return {"object": "list", "data": self._listing()}
 
-    def forward(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         path, _, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
@@ -14810,7 +14802,7 @@ class EngineApp(Behind):
             target = "/" + rest
             if query:
                 target += "?" + query
-            self._serve(client, request._replace(target=target), name, body, drop)
+            self._serve(client, request._replace(target=target), name, body)
             return
         name, stream = self._asked(body, query)
         if name and is_auto(name):
@@ -14822,7 +14814,7 @@ class EngineApp(Behind):
         # LiteLLM knows no aliases.
         if tier and is_alias and body and model and model.proxy:
             body = b"".join(with_model(body, True, tier.name))
-        self._serve(client, request, name, body, drop, stream)
+        self._serve(client, request, name, body, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
@@ -14837,7 +14829,7 @@ class EngineApp(Behind):
         elif path == "/ui" and self.page_url:
             client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
-            listing = self.models(request, frozenset())
+            listing = self.models(request)
             client.reply_json(listing)
         elif path == "/running":
             client.reply_json({"running": self.engine.running()})
@@ -14886,9 +14878,9 @@ class EngineApp(Behind):
         return parse_qs(query).get("model", [""])[0], False
 
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
-               drop: FrozenSet[bytes], stream: bool = False) -> None:
+               stream: bool = False) -> None:
         lease = self.engine.lease(name)
-        outcome = self.relay_over(lease, client, request, body, drop, stream)
+        outcome = self.relay_over(lease, client, request, body, stream)
         nobody = f"{name}: its server does not answer"
         tell_failure(client, self.log, name, outcome, nobody)
 
@@ -15167,15 +15159,14 @@ class SwapApp(UpstreamApp):
             return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
-    def forward(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if self._bays and request.method == "POST" and request.target.startswith(park):
             self._bays.park(request.target[len(park):])
             client.reply(200, b"OK", _PLAIN)
             return
-        super().forward(client, request, body, drop)
+        super().forward(client, request, body)
 
 
 # ==================================================================================================
