@@ -10125,7 +10125,7 @@ class Recorder:
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         self._waiting.append(row)
 
     def flush(self) -> None:
@@ -11040,8 +11040,9 @@ class Asked:
     loop = False                                # it brings back what a tool has said
     leaving = STAYS
 
-    def __init__(self, request: Request, path: str, target: str, body: bytes,
+    def __init__(self, client: Client, request: Request, path: str, target: str, body: bytes,
                  values: Dict[str, Any]) -> None:
+        self.client = client
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
@@ -11064,12 +11065,13 @@ class Asked:
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
+        body = self.body
         if self.place is None:
-            return route_body(self.body, self.values, route, self.path, name)
+            return route_body(body, self.values, route, self.path, name)
         start, end = self.place
         if not name or not end:
-            return [self.body]
-        return [self.body[:start], name.encode(), self.body[end:]]
+            return [body]
+        return [body[:start], name.encode(), body[end:]]
 
     def release(self) -> None:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
@@ -11107,7 +11109,7 @@ def read_asked(client: Client, request: Request, path: str, target: str) -> Aske
         request = with_header(request, _AS_JSON)        # curl -d says it is a form
     if values.get("stream") is True:
         request = with_header(request, UNCOMPRESSED)
-    return Asked(request, path, target, body, values)
+    return Asked(client, request, path, target, body, values)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
@@ -11119,7 +11121,8 @@ def unknown_model(config: Config, model: object) -> HttpError:
         aliases += tier.aliases
     asked = str(model)
     near = _did_you_mean(asked, [*names, *aliases]) or "."
-    what = f"there is no model {asked[:200]!r}{near} The models here are {', '.join(names)}"
+    known = ", ".join(names)
+    what = f"there is no model {asked[:200]!r}{near} The models here are {known}"
     return HttpError(404, what, "not_found")
 
 
@@ -11160,9 +11163,11 @@ class Descent:
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  conversations: Conversations) -> None:
-        self.asked, self.decision = asked, decision
+        self.asked = asked
+        self.decision = decision
         self._snapshot = snapshot               # one for all tries: a reload may come between
-        self._breaker, self._conversations = breaker, conversations
+        self._breaker = breaker
+        self._conversations = conversations
         self.tier, *self._left = decision.chain
         self._tried = {self.tier.name}
         self._own_fault = False                 # the last error was the request's, not the tier's
@@ -11181,19 +11186,22 @@ class Descent:
 
     def prefer(self, tiers: Sequence[Tier]) -> None:
         """Ask these before the others, once the first has had its chance."""
-        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
+        others = [tier for tier in self._left if tier not in tiers]
+        self._left = [*tiers, *others]
 
     def headers(self) -> bytes:
         """The lines that an answer of the present tier gets.
 
         They are made while the model is at work, as is what the answer's counts are compared with.
         """
-        asked, decision, name = self.asked, self.decision, self.tier.name
+        asked = self.asked
+        decision = self.decision
         asked.look_at_prompt()
         worth = decision.facts.most_tokens >= WORTH_LEARNING_TOKENS
         if worth and not asked.estimate:
             asked.estimate = class_tokens(asked.texts)
         asked.texts = []
+        name = self.tier.name
         lines = decision_headers(decision, name, self.fallbacks, self.reason)
         return lines + leaving_header(asked.leaving, name)
 
@@ -11242,8 +11250,10 @@ class Descent:
 
     def _tell_breaker(self, outcome: Outcome) -> None:
         """Hold a failure against the tier, or forget what was held."""
-        breaker, name = self._breaker, self.tier.name
-        hosted, host = self.route.hosted, self.route.host
+        breaker = self._breaker
+        name = self.tier.name
+        host = self.route.host
+        hosted = self.route.hosted
         if outcome.answered:
             breaker.answered(name)
         elif outcome.state == "broken":
@@ -11286,7 +11296,8 @@ class Setting(NamedTuple):
 
 def leaving_of(known: Conversation, decision: Decision, behind: Behind) -> Leaving:
     """What a decision leaves behind on the tier of its conversation's last turn."""
-    old, new = known.tier, decision.tier
+    old = known.tier
+    new = decision.tier
     tokens = known.held.get(old, 0)
     # Infill is no part of what is said: its conversation goes on where it was.
     if not tokens or old == new or decision.rung == "fim":
@@ -11303,7 +11314,8 @@ def compare_turns(asked: Asked, row: Dict[str, Any]) -> None:
     """Put into a request's row what its conversation's last turn has left of the cache."""
     known = asked.known
     tier = row["tier"]
-    before, now = known.segments, asked.segments
+    before = known.segments
+    now = asked.segments
     if len(now) > len(before) > 0:              # as many messages or fewer: it began anew
         share, where = same_beginning(before, now)
         row["same"] = round(share, 3)
@@ -11359,12 +11371,12 @@ class RouterApp(App):
                  setting: Optional[Setting] = None) -> None:
         given = setting or Setting()
         behind.remedy = given.remedy
-        self.log, self.behind = log, behind
+        self.log = log
+        self.behind = behind
         self._given = given
         self._breaker = Breaker(given.clock)
         self._conversations = Conversations()
-        self._record = given.record
-        self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
+        self._ongoing: Dict[int, Asked] = {}    # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
         # In a container or an editor, the machine's name may stand for us.
@@ -11377,6 +11389,9 @@ class RouterApp(App):
         self._read_last = self._ini_digest()    # of models.ini, as it was read last
         self.events = Events()
         self.events.sources.append(self.look)
+        self._record = given.record
+        if self._record:
+            self.events.hearers.append(self._record.add)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
@@ -11451,7 +11466,7 @@ class RouterApp(App):
             host.close_idle()
         self.behind.close_idle()
         self.log.flush()
-        if self._record is not None:
+        if self._record:
             self._record.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
@@ -11463,26 +11478,30 @@ class RouterApp(App):
 
     def answer(self, client: Client, request: Request) -> None:
         path, mark, query = request.target.partition("?")
+        method = request.method
         inference = ""
-        if request.method == "POST":
+        if method == "POST":
             inference = inference_path(path)
+        # From here on, an error has the shape that the path's clients read.
         client.protocol = inference or ollama_path(path)
+        given = self._given
         now = self._snapshot
-        check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
-        if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
+        check_caller(client, request, given.loopback, now.config.allowed_origins, now.names)
+        if method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
-        if path == "/" and request.method in ("GET", "HEAD"):
+        if path == "/" and method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        if self._given.key:
-            request = without_headers(request, key_headers(request, self._given.key))
+        if given.key:
+            ours = key_headers(request, given.key)
+            request = without_headers(request, ours)
         if b"origin" in request.fields:         # judged here; what is behind would refuse it
             request = without_headers(request, (b"origin",))
         if inference:
             target = inference + mark + query
             asked = read_asked(client, request, inference, target)
-            self._infer(client, asked)
+            self._infer(asked)
         elif client.protocol:
             self._answer_ollama(client, request, client.protocol)
         elif not self._answer_ourselves(client, request, path):
@@ -11550,11 +11569,10 @@ class RouterApp(App):
         client.read_body(request)
         _, _, verb, name, *_ = path.split("/")
         if verb == "requests":
-            ongoing = self._ongoing.get(int(name))
-            if ongoing is None:
+            asked = self._ongoing.get(int(name))
+            if asked is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            its_client, _ = ongoing
-            its_client.give_way()               # it ends as if its client had left
+            asked.client.give_way()             # it ends as if its client had left
             client.reply_json({"ok": True})
             return
         tier = self.config.by_name(name)
@@ -11578,21 +11596,21 @@ class RouterApp(App):
             start, end = place
             in_form = str(body[start:end], "utf-8", "replace").strip()
             values = {"model": in_form or _asked_in(request.target)}
-        name = values.get("model")
+        model = values.get("model")
         route: Optional[Route] = None
-        named = isinstance(name, str) and not is_auto(name)
+        named = isinstance(model, str) and not is_auto(model)
         if named and not path.startswith("/upstream/"):     # that names its model in its path
-            tier = self._resolve(request, name)
-            route = self._snapshot.routes.get(tier)
+            name = self._resolve(request, model)
+            route = self._snapshot.routes.get(name)
         if route is None:
             self.behind.forward(client, request, body)
             return
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        asked = Asked(request, path, target, body, values)
+        asked = Asked(client, request, path, target, body, values)
         asked.place = place
-        self._ask_named(client, asked, route)
+        self._ask_named(asked, route)
 
     def _listing(self, request: Request) -> Dict[str, Any]:
         """The list of what is behind us with `auto` in front; else what models.ini knows."""
@@ -11688,7 +11706,7 @@ class RouterApp(App):
     def _under_way(self) -> List[Dict[str, Any]]:
         """The requests, with their beginning instead of their age: a row that stays is no news."""
         rows = []
-        for number, (_, asked) in list(self._ongoing.items()):
+        for number, asked in list(self._ongoing.items()):
             row = asked.row(number)
             del row["since_s"]
             row["began"] = round(asked.began_s + self.events.epoch)
@@ -11751,26 +11769,30 @@ class RouterApp(App):
             texts = values.get("input", values.get("prompt"))
             asks = {"model": values["model"], "input": texts}
         model = str(values["model"] or "auto")
-        translation = OllamaAnswer(path, model, asks.get("stream", False))
+        stream = asks.get("stream", False)
+        translation = OllamaAnswer(path, model, stream)
         says = values.get("prompt") or values.get("messages")
         if chats and not says:
             # `ollama run` asks for nothing to have the model loaded; its first words do that here.
             client.reply(200, translation.nothing(), translation.content_type.decode())
             return
-        request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
-        body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
-        asked = Asked(request, target, target, body, asks)
+        request = with_header(request, _AS_JSON)
+        request = with_header(request, UNCOMPRESSED)
+        text = json.dumps(asks, ensure_ascii=False)
+        body = text.encode("utf-8", "replace")
+        asked = Asked(client, request, target, target, body, asks)
         asked.translation = translation
-        self._infer(client, asked)
+        self._infer(asked)
 
     # ---- inference
 
-    def _infer(self, client: Client, asked: Asked) -> None:
+    def _infer(self, asked: Asked) -> None:
+        """Answer an inference request. Errors: HttpError, ClientGone."""
         number = next(self._number)
         asked.known = self._conversations.get(asked.thread)
-        self._ongoing[number] = client, asked
+        self._ongoing[number] = asked
         try:
-            self._answer_asked(client, asked)
+            self._answer_asked(asked)
         except ClientGone:
             if asked.tier:
                 self.events.counters.count_left(asked.tier)
@@ -11778,16 +11800,16 @@ class RouterApp(App):
         finally:
             del self._ongoing[number]
 
-    def _answer_asked(self, client: Client, asked: Asked) -> None:
+    def _answer_asked(self, asked: Asked) -> None:
         name = self._resolve(asked.request, asked.model, asked.path)
         if name == "auto":
-            self._ask_ladder(client, asked)
+            self._ask_ladder(asked)
         elif name:
             route = self._snapshot.routes[name]
-            self._ask_named(client, asked, route)
+            self._ask_named(asked, route)
         else:
             self._check_served(asked)
-            self.behind.forward(client, asked.request, asked.body)
+            self.behind.forward(asked.client, asked.request, asked.body)
 
     def _resolve(self, request: Request, model: object, path: str = "") -> str:
         """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
@@ -11822,10 +11844,10 @@ class RouterApp(App):
     def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
         ongoing = list(self._ongoing.items())   # other threads add to it meanwhile
-        rows = [asked.row(number) for number, (_, asked) in ongoing]
+        rows = [asked.row(number) for number, asked in ongoing]
         return {"requests": rows}
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+    def _ask_named(self, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         if route.refused[0]:
             raise HttpError(*route.refused)
@@ -11836,32 +11858,34 @@ class RouterApp(App):
             except RecursionError:              # the upstream may take it all the same
                 pass
         looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(client, asked, route, headers=looks)
+        outcome = self._ask(asked, route, headers=looks)
         name = route.tier.name
         if outcome.answered:
             self._breaker.answered(name)
-        self._finish(client, outcome, f"{asked.path} {name}", route)
+        self._finish(asked, outcome, f"{asked.path} {name}", route)
         if facts:
             row = record_row(facts, asked.path, name, outcome)
-            self._publish(asked, row)
+            self._publish(asked, row, outcome)
 
-    def _publish(self, asked: Asked, row: Dict[str, Any]) -> None:
+    def _publish(self, asked: Asked, row: Dict[str, Any], outcome: Outcome) -> None:
         """Complete a request's row, for the record and for those who look on; keep its turn."""
         compare_turns(asked, row)
-        truth, output = row["truth"], row["output"]
-        if truth and row["ended"] == "done" and row["status"] < 400:
-            self._conversations.answered(asked.thread, row["tier"], truth + output, asked.segments)
+        prompt = outcome.counts.prompt
+        output = outcome.counts.output
+        if outcome.answered and prompt:
+            tier = row["tier"]
+            held = prompt + output
+            self._conversations.answered(asked.thread, tier, held, asked.segments)
+        wait_s = asked.wait_s
         total_s = asked.age_s()
         row["conversation"] = self.events.name_of(asked.conversation)
-        row["wait_s"] = round(asked.wait_s, 3)
+        row["wait_s"] = round(wait_s, 3)
         row["total_s"] = round(total_s, 3)
         row["stream"] = asked.stream
         if asked.stream and output and "per_s" not in row:
-            writing_s = total_s - row["wait_s"] - row["first_byte_s"]
-            if writing_s > 0.1:                 # it came in one piece: no rate can be told
+            writing_s = total_s - wait_s - outcome.first_byte_s
+            if writing_s > 0.1:                 # else it came in one piece, and tells no rate
                 row["per_s"] = round(output / writing_s, 1)
-        if self._record is not None:
-            self._record.add(row)
         self.events.add(row)
 
     def _facts_of(self, asked: Asked, config: Config) -> Facts:
@@ -11887,11 +11911,13 @@ class RouterApp(App):
         if now.hosts:
             down.update(now.offline())
         decision = decide(facts, now.config, down, now.barred)
-        asked.leaving = leaving_of(asked.known, decision, self.behind)
-        asked.loop = in_tool_loop(asked.values)
-        return stay_or_go(decision, asked.leaving, asked.loop)
+        leaving = leaving_of(asked.known, decision, self.behind)
+        loop = in_tool_loop(asked.values)
+        asked.leaving = leaving
+        asked.loop = loop
+        return stay_or_go(decision, leaving, loop)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+    def _ask_ladder(self, asked: Asked) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         decision = self._decide(asked, now)
@@ -11903,34 +11929,38 @@ class RouterApp(App):
             if idle:
                 descent.prefer(idle)
                 asked.patience_s = patience_s
-        outcome = self._try(client, descent)
+        outcome = self._try(descent)
         while descent.settle(outcome):
-            asked.patience_s = 0.0
-            outcome = self._try(client, descent)
-        self._finish_descent(client, descent, outcome)
+            asked.patience_s = 0.0              # it is for the first alone
+            outcome = self._try(descent)
+        self._finish_descent(descent, outcome)
 
-    def _finish_descent(self, client: Client, descent: Descent, outcome: Outcome) -> None:
+    def _finish_descent(self, descent: Descent, outcome: Outcome) -> None:
         """Tell client, log, record and conversation how an `auto` request ended."""
-        asked, decision = descent.asked, descent.decision
-        name, rung, reason = descent.tier.name, decision.rung, descent.reason
+        asked = descent.asked
+        decision = descent.decision
+        fallbacks = descent.fallbacks
+        reason = descent.reason
+        name = descent.tier.name
         what = f"auto -> {name}"
         how = outcome.status or outcome.state
-        line = f"{what} [{rung}] {reason}; {how} in {asked.age_s() * 1000:,.0f} ms"
-        if descent.fallbacks:
-            line += f"; fell back {', '.join(descent.fallbacks)}"
+        ms = asked.age_s() * 1000
+        line = f"{what} [{decision.rung}] {reason}; {how} in {ms:,.0f} ms"
+        if fallbacks:
+            line += f"; fell back {', '.join(fallbacks)}"
         self.log.info(line)
-        self._finish(client, outcome, what, descent.route, descent.headers)
+        self._finish(asked, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
         row = record_row(decision.facts, asked.path, name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
-        row["rung"] = rung
+        row["rung"] = decision.rung
         row["reason"] = reason
         row["passed_over"] = decision.passed_over
-        if descent.fallbacks:
-            row["fallbacks"] = descent.fallbacks
-        self._publish(asked, row)
+        if fallbacks:
+            row["fallbacks"] = fallbacks
+        self._publish(asked, row, outcome)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
@@ -11938,7 +11968,7 @@ class RouterApp(App):
         if first.backend != "gguf":             # a hosted one is never busy
             return []
         rows = self.behind.watched().get("models", {})
-        busy = {asked.tier for _, asked in list(self._ongoing.values())}
+        busy = {asked.tier for asked in list(self._ongoing.values())}
         idle = []
         for tier in chain:
             name = tier.name
@@ -11948,24 +11978,27 @@ class RouterApp(App):
             return []
         return idle
 
-    def _try(self, client: Client, descent: Descent) -> Outcome:
+    def _try(self, descent: Descent) -> Outcome:
         """Ask the descent's present tier. Errors: ClientGone."""
-        route, asked = descent.route, descent.asked
-        if route.refused[0]:                    # no other tier holds it
-            status, message, kind = route.refused
-            reply_failure(client, status, message, kind, descent.headers())
+        asked = descent.asked
+        route = descent.route
+        status, message, kind = route.refused
+        if status:                              # no other tier holds it
+            reply_failure(asked.client, status, message, kind, descent.headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, descent.judge, descent.headers)
+            return self._ask(asked, route, descent.judge, descent.headers)
         except ClientGone:
+            ms = asked.age_s() * 1000
             self.log.info(f"auto -> {route.tier.name} {descent.reason};"
-                          f" the client left after {asked.age_s() * 1000:,.0f} ms")
+                          f" the client left after {ms:,.0f} ms")
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route,
+    def _ask(self, asked: Asked, route: Route,
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
+        client = asked.client
         request = asked.request
         target = asked.target
         tier = route.tier.name
@@ -12004,7 +12037,7 @@ class RouterApp(App):
         finally:
             asked.wait_s += waiting.ready_s
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
+    def _finish(self, asked: Asked, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
         """Say in the log how a request ended, and to the client when nothing has reached it."""
         if self.log.is_verbose:
@@ -12017,7 +12050,7 @@ class RouterApp(App):
             nobody = f"no answer from {route.host.url}"
             remedy = ""
         lines = extra() if extra else b""
-        tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
+        tell_failure(asked.client, self.log, what, outcome, nobody, remedy, lines)
 
 
 # ==================================================================================================
