@@ -618,8 +618,7 @@ def parse_json(text: str) -> Any:
     if text[:1] == "{":
         # decode() looks for white space on both sides, each time with a pattern.
         value, end = _DECODER.raw_decode(text)
-        behind = text[end:]
-        if not behind.strip(" \t\r\n"):
+        if end == len(text) or not text[end:].strip(" \t\r\n"):
             return value
     return _DECODER.decode(text)                # its error says what is wrong
 
@@ -10823,11 +10822,13 @@ class Breaker:
         """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
         until, _ = self._down.get(tier, (0.0, ""))
-        if growing and until <= now:            # not of requests that were under way together
+        # Requests that were under way together are one failure, not one each.
+        if growing and until <= now:
             self._strikes[tier] += 1
         if not seconds:
             doubled = max(self._strikes[tier] - 1, 0)
-            seconds = BREAKER_S * 2 ** min(doubled, 8)      # of a thousand it would overflow
+            doubled = min(doubled, 8)           # a thousand would be too much for a float
+            seconds = BREAKER_S * 2 ** doubled
         seconds = min(seconds, MAX_BREAKER_S)
         self._down[tier] = (now + seconds, reason)
 
@@ -10880,12 +10881,14 @@ class Conversations:
         if estimate > 0 and truth > 0:
             # A server that counts nonsense shall not send everything to the largest tier.
             ratio = max(truth / estimate, 0.1)
-            self._keep(key, ratio=min(ratio, 10.0))
+            ratio = min(ratio, 10.0)
+            self._keep(key, ratio=ratio)
 
     def answered(self, key: str, tier: str, tokens: int, segments: Segments) -> None:
         """Keep which tier has answered a prompt, and what it holds of it now."""
         if key:
-            held = {**self.get(key).held, tier: tokens}     # other tiers hold what they held
+            known = self.get(key)
+            held = {**known.held, tier: tokens}     # other tiers hold what they held
             self._keep(key, tier=tier, held=held, segments=segments)
 
     def _keep(self, key: str, **fields: Any) -> None:
@@ -10923,7 +10926,11 @@ class Snapshot(NamedTuple):
             if route.hosted:
                 found[route.tier.name] = {"state": "available", "reason": ""}
         # What stands further down counts for more.
-        reasons = {"failing": failing, "offline": self.offline(), "not served": self.barred}
+        reasons = {
+            "failing": failing,
+            "offline": self.offline(),
+            "not served": self.barred,
+        }
         for state, tiers in reasons.items():
             for name, why in tiers.items():
                 found[name] = {"state": state, "reason": why}
@@ -10958,8 +10965,14 @@ _OF_THE_CLIENT = frozenset({
 def host_of(url: str, log: Log, clock: Callable[[], float]) -> Host:
     """The host that a tier's base_url names. Errors: UserError."""
     plain = parse_upstream(url)
-    tls = url.startswith("https:")
-    return Host(plain.host, plain.port, plain.prefix, tls, log, clock)
+    return Host(
+        host=plain.host,
+        port=plain.port,
+        prefix=plain.prefix,
+        tls=url.startswith("https:"),
+        log=log,
+        clock=clock,
+    )
 
 
 def to_host(route: Route, host: Host, env: Mapping[str, str]) -> Route:
@@ -10969,7 +10982,8 @@ def to_host(route: Route, host: Host, env: Mapping[str, str]) -> Route:
     if variable:
         key = env.get(variable, "").strip()
         value = b"Bearer " + key.encode("ascii", "ignore")
-        headers = ((b"authorization", value, b"Authorization: " + value),)
+        header = (b"authorization", value, b"Authorization: " + value)
+        headers = (header,)
     # Such a host has a version in its URL (/v1beta, /v4), and wants no /v1 behind that.
     bare = re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix) is not None
     return route._replace(host=host, headers=headers, bare=bare)
@@ -10980,8 +10994,10 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
-    kept = without_headers(request, _OF_THE_CLIENT | request.words).headers
-    request = request._replace(headers=(*kept, *route.headers, UNCOMPRESSED))
+    drop = _OF_THE_CLIENT | request.words
+    kept = without_headers(request, drop).headers
+    headers = (*kept, *route.headers, UNCOMPRESSED)
+    request = request._replace(headers=headers)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
     return request, target
@@ -11020,6 +11036,20 @@ def _asked_in(target: str) -> str:
     from urllib.parse import parse_qs
     first, *_ = parse_qs(query).get("model", [""])
     return first
+
+
+def values_in(request: Request, body: bytes) -> Tuple[Dict[str, Any], Optional[Tuple[int, int]]]:
+    """What a body says, and where its model's name stands in it; None where that is JSON.
+
+    Of any other body the model alone is read, from a form or beside it in the query.
+    """
+    values = _json_of(request, body)
+    if isinstance(values, dict):
+        return values, None
+    start, end = form_model(request.header(b"content-type"), body)
+    in_form = str(body[start:end], "utf-8", "replace")
+    model = in_form.strip() or _asked_in(request.target)
+    return {"model": model}, (start, end)
 
 
 _AS_JSON = (b"content-type", b"application/json", b"Content-Type: application/json")
@@ -11105,8 +11135,9 @@ def read_asked(client: Client, request: Request, path: str, target: str) -> Aske
     """Read an inference request. Errors: HttpError, ClientGone."""
     request, body = read_decoded(client, request)
     values = read_object(body)
-    if b"json" not in request.fields.get(b"content-type", b"").lower():
-        request = with_header(request, _AS_JSON)        # curl -d says it is a form
+    content_type = request.fields.get(b"content-type", b"")
+    if b"json" not in content_type.lower():     # curl -d says it is a form
+        request = with_header(request, _AS_JSON)
     if values.get("stream") is True:
         request = with_header(request, UNCOMPRESSED)
     return Asked(client, request, path, target, body, values)
@@ -11124,17 +11155,6 @@ def unknown_model(config: Config, model: object) -> HttpError:
     known = ", ".join(names)
     what = f"there is no model {asked[:200]!r}{near} The models here are {known}"
     return HttpError(404, what, "not_found")
-
-
-def entry_of(config: Config, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
-    """Of a list of models the entry that a name means, under that name. Errors: HttpError 404."""
-    by_id = {}
-    for entry in entries:
-        by_id[str(entry.get("id"))] = entry
-    for known in (name, resolve_name(config, name)):
-        if known in by_id:
-            return {**by_id[known], "id": name}
-    raise unknown_model(config, name)
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
@@ -11165,24 +11185,21 @@ class Descent:
                  conversations: Conversations) -> None:
         self.asked = asked
         self.decision = decision
-        self._snapshot = snapshot               # one for all tries: a reload may come between
+        self._routes = snapshot.routes          # the same for all tries: a reload may come between
         self._breaker = breaker
         self._conversations = conversations
         self.tier, *self._left = decision.chain
+        self.route = self._routes[self.tier.name]
         self._tried = {self.tier.name}
         self._own_fault = False                 # the last error was the request's, not the tier's
-        self._reason = ""
         self.fallbacks: List[str] = []
+        self._reason = ""
 
     @property
     def reason(self) -> str:
         """Why the first tier; put into words once, for headers, log and record."""
         self._reason = self._reason or self.decision.reason
         return self._reason
-
-    @property
-    def route(self) -> Route:
-        return self._snapshot.routes[self.tier.name]
 
     def prefer(self, tiers: Sequence[Tier]) -> None:
         """Ask these before the others, once the first has had its chance."""
@@ -11207,29 +11224,33 @@ class Descent:
 
     def learn(self, truth: int) -> None:
         """Keep how many tokens the prompt really has, by an answer or a refusal."""
+        asked = self.asked
         if truth >= WORTH_LEARNING_TOKENS:
-            self._conversations.learn(self.asked.conversation, self.asked.estimate, truth)
+            self._conversations.learn(asked.conversation, asked.estimate, truth)
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
         need = prompt_tokens_said(status, text)
-        self._own_fault = bool(need) or own_fault(status, text)
+        own = need > 0 or own_fault(status, text)
+        self._own_fault = own
         if need:
             self.learn(need)
             self._left = self._holding(need)
-        elif self._own_fault and pictures_refused(text):
-            self._left = [t for t in self._left if t.takes_pictures]
-        elif self._own_fault or not falls_through(status, self.route.hosted):
+        elif own and pictures_refused(text):
+            self._left = [tier for tier in self._left if tier.takes_pictures]
+        elif own or not falls_through(status, self.route.hosted):
             self._left = []
-        return bool(self._left)
+        return len(self._left) > 0
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
         decision = self.decision
         holds = []
         for tier in decision.preference:
+            if tier.name in self._tried:
+                continue
             needed = tokens + output_reserve(decision.facts, tier)
-            if tier.name not in self._tried and needed <= tier.ctx_size:
+            if needed <= tier.ctx_size:
                 holds.append(tier)
         up = [tier for tier in holds if tier.name not in decision.down]
         return up or holds[:1]
@@ -11237,13 +11258,15 @@ class Descent:
     def settle(self, outcome: Outcome) -> bool:
         """Tell the breaker how the try ended; True when the next tier is to be asked."""
         self._tell_breaker(outcome)
-        if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
+        failed = outcome.state in ("rejected", "unreachable", "failed")
+        if not failed or not self._left:
             return False
-        failed = self.tier.name
+        last = self.tier.name
         self.tier = self._left.pop(0)
         name = self.tier.name
+        self.route = self._routes[name]
         why = outcome.status or outcome.detail
-        self.fallbacks.append(f"{failed}\u2192{name} ({why})")
+        self.fallbacks.append(f"{last}\u2192{name} ({why})")
         self._tried.add(name)
         self._own_fault = False
         return True
@@ -11252,13 +11275,14 @@ class Descent:
         """Hold a failure against the tier, or forget what was held."""
         breaker = self._breaker
         name = self.tier.name
-        host = self.route.host
-        hosted = self.route.hosted
         if outcome.answered:
             breaker.answered(name)
-        elif outcome.state == "broken":
+            return
+        host = self.route.host
+        hosted = self.route.hosted
+        if outcome.state == "broken":
             breaker.trip(name, "broke off its answer a moment ago", growing=hosted)
-        elif outcome.state == "failed":
+        elif outcome.state == "failed":         # its first line: the tail of a log is behind it
             why, *_ = outcome.detail.splitlines()
             breaker.trip(name, why, FAILED_LOAD_S)
         elif outcome.state == "unreachable":
@@ -11300,7 +11324,7 @@ def leaving_of(known: Conversation, decision: Decision, behind: Behind) -> Leavi
     new = decision.tier
     tokens = known.held.get(old, 0)
     # Infill is no part of what is said: its conversation goes on where it was.
-    if not tokens or old == new or decision.rung == "fim":
+    if not tokens or decision.rung == "fim" or old == new:
         return STAYS
     needed = decision.facts.full_tokens
     old_pace = behind.pace(old, needed)
@@ -11382,9 +11406,10 @@ class RouterApp(App):
         # In a container or an editor, the machine's name may stand for us.
         name = socket.gethostname().lower()
         short, _, _ = name.partition(".")
-        self._own_names = (name, f"{short}.local", *CONTAINER_HOSTS)
+        in_lan = f"{short}.local"
+        self._own_names = (name, in_lan, *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
-        self._started_with = tuple(map(as_loaded, config.tiers))
+        self._started_with = [as_loaded(tier) for tier in config.tiers]
         self._started = time.time()
         self._read_last = self._ini_digest()    # of models.ini, as it was read last
         self.events = Events()
@@ -11418,7 +11443,10 @@ class RouterApp(App):
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
         self._read_last = digest
-        tiers = [f"{tier.role or '-'}={tier.name}" for tier in config.tiers]
+        tiers = []
+        for tier in config.tiers:
+            role = tier.role or "-"
+            tiers.append(f"{role}={tier.name}")
         self.log.info(f"models.ini read again: {', '.join(tiers)}")
         return ""
 
@@ -11434,10 +11462,12 @@ class RouterApp(App):
             route = plan_route(tier, config, missing)
             if tier.backend == "openai":
                 url = tier.base_url
-                if url not in hosts:
-                    # A host goes on with its connections, and with what it knows of the network.
-                    hosts[url] = known.get(url) or host_of(url, self.log, given.clock)
-                route = to_host(route, hosts[url], given.env)
+                # A host goes on with its connections, and with what it knows of the network.
+                host = hosts.get(url) or known.get(url)
+                if host is None:
+                    host = host_of(url, self.log, given.clock)
+                hosts[url] = host
+                route = to_host(route, host, given.env)
             for name in tier.names:
                 routes[name] = route
         return Snapshot(
@@ -11486,7 +11516,8 @@ class RouterApp(App):
         client.protocol = inference or ollama_path(path)
         given = self._given
         now = self._snapshot
-        check_caller(client, request, given.loopback, now.config.allowed_origins, now.names)
+        origins = now.config.allowed_origins
+        check_caller(client, request, given.loopback, origins, now.names)
         if method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
@@ -11589,13 +11620,7 @@ class RouterApp(App):
     def _pass_through(self, client: Client, request: Request, path: str) -> None:
         """Everything else is for the tier that it names, or for what is behind us."""
         request, body = read_decoded(client, request)
-        values = _json_of(request, body)
-        place: Optional[Tuple[int, int]] = None
-        if not isinstance(values, dict):
-            place = form_model(request.header(b"content-type"), body)
-            start, end = place
-            in_form = str(body[start:end], "utf-8", "replace").strip()
-            values = {"model": in_form or _asked_in(request.target)}
+        values, place = values_in(request, body)
         model = values.get("model")
         route: Optional[Route] = None
         named = isinstance(model, str) and not is_auto(model)
@@ -11621,19 +11646,32 @@ class RouterApp(App):
         except _NO_LISTING:
             listing = {"object": "list"}
             theirs = [tier_entry(tier) for tier in config.tiers]
-        return {**listing, "data": list_models(config, theirs)}
+        listing["data"] = list_models(config, theirs)
+        return listing
 
     def _models(self, client: Client, request: Request, name: str) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
-        answer = self._listing(request)
         anthropic = b"anthropic-version" in request.fields
         if name:
-            answer = entry_of(self.config, answer["data"], name)
+            answer = self._entry(request, name)
             if anthropic:
                 answer = anthropic_model(answer)
-        elif anthropic:
-            answer = anthropic_models(answer["data"])
+        else:
+            answer = self._listing(request)
+            if anthropic:
+                answer = anthropic_models(answer["data"])
         client.reply_json(answer)
+
+    def _entry(self, request: Request, name: str) -> Dict[str, Any]:
+        """The list's entry of what a name means, under that name. Errors: HttpError 404."""
+        config = self.config
+        entries = {}
+        for entry in self._listing(request)["data"]:
+            entries[str(entry.get("id"))] = entry
+        for known in (name, resolve_name(config, name)):
+            if known in entries:
+                return {**entries[known], "id": name}
+        raise unknown_model(config, name)
 
     def state(self) -> Dict[str, Dict[str, str]]:
         """See Snapshot.state."""
@@ -11646,7 +11684,7 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        tiers = tuple(map(as_loaded, self._snapshot.asked.tiers))
+        tiers = [as_loaded(tier) for tier in self._snapshot.asked.tiers]
         unread = self._ini_digest() != self._read_last
         return {
             "version": VERSION,
@@ -11740,19 +11778,20 @@ class RouterApp(App):
             client.reply_json({"version": OLLAMA_VERSION})
             return
         if path in ("/api/tags", "/api/ps"):
-            entries = self._listing(request)["data"]
-            if path == "/api/ps":               # what runs
-                entries = [entry for entry in entries if "'loaded'" in str(entry.get("status"))]
-            models = [ollama_model(entry) for entry in entries]
+            models = []
+            for entry in self._listing(request)["data"]:
+                runs = "'loaded'" in str(entry.get("status"))
+                if runs or path == "/api/tags":
+                    models.append(ollama_model(entry))
             client.reply_json({"models": models})
             return
         values = read_object(body)
         model = values.get("model") or values.get("name")
         if path in _OLLAMA_ASKS:
-            self._ask_ollama(client, request, path, {**values, "model": model})
+            values["model"] = model
+            self._ask_ollama(client, request, path, values)
             return
-        entries = self._listing(request)["data"]
-        entry = entry_of(self.config, entries, str(model))
+        entry = self._entry(request, str(model))
         if path == "/api/show":
             client.reply_json(ollama_show(entry))
         else:                                   # /api/pull: there is nothing to fetch
@@ -11768,9 +11807,11 @@ class RouterApp(App):
         else:
             texts = values.get("input", values.get("prompt"))
             asks = {"model": values["model"], "input": texts}
-        model = str(values["model"] or "auto")
-        stream = asks.get("stream", False)
-        translation = OllamaAnswer(path, model, stream)
+        translation = OllamaAnswer(
+            path,
+            str(values["model"] or "auto"),
+            asks.get("stream", False),
+        )
         says = values.get("prompt") or values.get("messages")
         if chats and not says:
             # `ollama run` asks for nothing to have the model loaded; its first words do that here.
@@ -11814,15 +11855,17 @@ class RouterApp(App):
     def _resolve(self, request: Request, model: object, path: str = "") -> str:
         """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
         config = self.config
+        behind = self.behind
         name = resolve_on_path(config, path, model)
-        if not name or not self.behind.has_others or not isinstance(model, str):
+        if not name or not behind.has_others:
             return name
-        if is_auto(model) or tier_named(config, model):
+        if not isinstance(model, str) or is_auto(model):
+            return name
+        if tier_named(config, model):
             return name
         # A model that is there comes before a pattern that would send it elsewhere.
         try:
-            entries = self.behind.models(request)["data"]
-            theirs = [entry["id"] for entry in entries]
+            theirs = [entry["id"] for entry in behind.models(request)["data"]]
         except _NO_LISTING:
             return name
         if model in theirs:
@@ -11843,8 +11886,9 @@ class RouterApp(App):
 
     def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
-        ongoing = list(self._ongoing.items())   # other threads add to it meanwhile
-        rows = [asked.row(number) for number, asked in ongoing]
+        rows = []
+        for number, asked in list(self._ongoing.items()):       # a copy: other threads change it
+            rows.append(asked.row(number))
         return {"requests": rows}
 
     def _ask_named(self, asked: Asked, route: Route) -> None:
@@ -11873,15 +11917,19 @@ class RouterApp(App):
         prompt = outcome.counts.prompt
         output = outcome.counts.output
         if outcome.answered and prompt:
-            tier = row["tier"]
-            held = prompt + output
-            self._conversations.answered(asked.thread, tier, held, asked.segments)
+            self._conversations.answered(
+                asked.thread,
+                row["tier"],
+                prompt + output,
+                asked.segments,
+            )
         wait_s = asked.wait_s
         total_s = asked.age_s()
         row["conversation"] = self.events.name_of(asked.conversation)
         row["wait_s"] = round(wait_s, 3)
         row["total_s"] = round(total_s, 3)
         row["stream"] = asked.stream
+        # A server that times its answers has said it already.
         if asked.stream and output and "per_s" not in row:
             writing_s = total_s - wait_s - outcome.first_byte_s
             if writing_s > 0.1:                 # else it came in one piece, and tells no rate
@@ -11921,7 +11969,13 @@ class RouterApp(App):
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         decision = self._decide(asked, now)
-        descent = Descent(asked, decision, now, self._breaker, self._conversations)
+        descent = Descent(
+            asked,
+            decision,
+            snapshot=now,
+            breaker=self._breaker,
+            conversations=self._conversations,
+        )
         patience_s = now.config.patience_s
         if patience_s and decision.facts.full_tokens <= TINY_TOKENS:
             # A title's request need not wait behind a long answer where another tier idles.
@@ -11952,7 +12006,8 @@ class RouterApp(App):
         self._finish(asked, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
-        row = record_row(decision.facts, asked.path, name, outcome)
+        facts = decision.facts
+        row = record_row(facts, asked.path, name, outcome)
         if asked.loop:                          # before the reason: replay reads no further
             row["loop"] = True
         row["rung"] = decision.rung
@@ -11968,15 +12023,12 @@ class RouterApp(App):
         if first.backend != "gguf":             # a hosted one is never busy
             return []
         rows = self.behind.watched().get("models", {})
-        busy = {asked.tier for asked in list(self._ongoing.values())}
-        idle = []
-        for tier in chain:
-            name = tier.name
-            if name in rows and rows[name]["state"] == "loaded" and name not in busy:
-                idle.append(tier)
-        if first in idle:
+        idle = {name for name, row in rows.items() if row["state"] == "loaded"}
+        for asked in list(self._ongoing.values()):
+            idle.discard(asked.tier)
+        if first.name in idle:
             return []
-        return idle
+        return [tier for tier in chain if tier.name in idle]
 
     def _try(self, descent: Descent) -> Outcome:
         """Ask the descent's present tier. Errors: ClientGone."""
@@ -12005,7 +12057,8 @@ class RouterApp(App):
         by_ladder = judge is not None
         name = route.model
         # What is behind us knows a tier's own names, but not `auto` and names by pattern.
-        if not name and (by_ladder or asked.model not in self._snapshot.routes):
+        is_known = not by_ladder and asked.model in self._snapshot.routes
+        if not name and not is_known:
             name = tier
         pieces = asked.body_for(route, name)
         if route.host is None:
@@ -12017,11 +12070,17 @@ class RouterApp(App):
         asked.lease = lease
         first_byte_s = 0.0
         # A local model may read a prompt for minutes; a host that is silent so long has trouble.
-        if by_ladder and route.hosted and asked.stream:
+        if by_ladder and asked.stream and route.hosted:
             first_byte_s = FIRST_BYTE_S
-        told = asked.stream and asked.translation is None
-        mode = self.config.loading_state
-        waiting = Waiting(client, asked.path, told, lease.stage, mode, headers)
+        waiting = Waiting(
+            client,
+            asked.path,
+            # Clients of Ollama's API know no comments, and no events.
+            stream=asked.stream and asked.translation is None,
+            stage=lease.stage,
+            mode=self.config.loading_state,
+            extra=headers,
+        )
         terms = Terms(
             extra=headers,
             judge=judge,
@@ -12040,17 +12099,26 @@ class RouterApp(App):
     def _finish(self, asked: Asked, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
         """Say in the log how a request ended, and to the client when nothing has reached it."""
-        if self.log.is_verbose:
-            self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        log = self.log
+        behind = self.behind
+        if log.is_verbose:
+            log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
-        nobody = self.behind.nobody
-        remedy = self.behind.remedy
+        nobody = behind.nobody
+        remedy = behind.remedy
         if route.host is not None:
             nobody = f"no answer from {route.host.url}"
             remedy = ""
-        lines = extra() if extra else b""
-        tell_failure(asked.client, self.log, what, outcome, nobody, remedy, lines)
+        tell_failure(
+            asked.client,
+            log,
+            what,
+            outcome,
+            nobody,
+            remedy,
+            extra=extra() if extra else b"",
+        )
 
 
 # ==================================================================================================
