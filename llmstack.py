@@ -5631,6 +5631,7 @@ def tokens_said(said: bytes) -> Counts:
     counts = _COUNT.findall(said)
     if not counts:
         return NOTHING_COUNTED
+    # A stream may say a number more than once, as it grows: the largest is the last.
     found: Dict[bytes, float] = {}
     for name, value in counts:
         found[name] = max(found.get(name, 0.0), float(value))
@@ -5678,9 +5679,11 @@ def prompt_tokens_said(status: int, text: str) -> int:
 
     0 for any other error; 1 where it is too long and its tokens are not said.
     """
-    if status not in (400, 413, 422, 500) or not _TOO_LONG.search(text[:RECV_BYTES]):
+    if status not in (400, 413, 422, 500):
         return 0
-    text = text.replace(",", "")
+    if not _TOO_LONG.search(text[:RECV_BYTES]):
+        return 0
+    text = text.replace(",", "")                # some write 131,072
     for pattern in _PROMPT_TOKENS:
         found = pattern.search(text)
         if found:
@@ -5740,7 +5743,10 @@ _SESSION_HEADERS = {b"x-session-affinity": "opencode", b"x-claude-code-session-i
 
 def client_named(fields: Mapping[bytes, bytes]) -> str:
     """The client that a request's session header belongs to, "" for any other."""
-    return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
+    for name, client in _SESSION_HEADERS.items():
+        if fields.get(name):
+            return client
+    return ""
 
 
 def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
@@ -5763,9 +5769,11 @@ def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) ->
             key = fields[name].decode("latin-1")
             break
     if isinstance(key, str) and key:
-        key = key[:200]
+        key = key[:200]                         # a client's own word: as long as it likes
     else:
-        text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+        text = "\0".join(begins)
+        # A completion has no messages; its prompt grows, so only how it begins is the same.
+        text = text or _plain_text(body.get("prompt"))[:4096]
         key = f"{hash(text):x}" if text else ""
     if not key or first is None:
         return key, ""
@@ -5804,10 +5812,13 @@ def _message_segment(message: Mapping[str, Any]) -> Segments:
 def prompt_segments(body: Mapping[str, Any]) -> Segments:
     """A prompt's parts as it is read, told by digests: system text, tools, then each message."""
     messages = _messages(body)
-    first = 0
-    while first < len(messages) and messages[first].get("role") in ("system", "developer"):
+    first = 0                                   # that is not the system's
+    for message in messages:
+        if message.get("role") not in ("system", "developer"):
+            break
         first += 1
     system = [body.get("system"), body.get("instructions"), *messages[:first]]
+    # Templates put the tools before the messages, wherever a body has them.
     tools = [body.get("tools"), body.get("functions")]
     found = [*_segment(system), *_segment(tools)]
     for message in messages[first:]:
@@ -5822,7 +5833,8 @@ def same_beginning(before: Segments, now: Segments) -> Tuple[float, str]:
     """
     same_chars = 0
     for i in range(0, len(before), 2):
-        if before[i:i + 2] != now[i:i + 2]:
+        end = i + 2
+        if before[i:end] != now[i:end]:
             part = i // 2                       # 0: the system's, 1: the tools, then messages
             where = f"message {part - 1}"
             if part < 2:
@@ -8416,10 +8428,12 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
-            return b"" if _readable(sock) else None
-        if not _DONTWAIT and not _readable(sock):
+        is_tls = hasattr(sock, "cipher")
+        # Windows cannot peek without waiting, and TLS not at all: what is there is its end.
+        if (is_tls or not _DONTWAIT) and not _readable(sock):
             return None
+        if is_tls:
+            return b""
         return sock.recv(1, _PEEK)
     except BlockingIOError:
         return None
@@ -8469,14 +8483,19 @@ class Client:
         self.minor = 1
         self.origin = b""                       # of the page that asks
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _set_patience(sock, max(int(min(5.0, head_timeout_s / 3) * 1000), 1))
+        # How often a silent client's time is looked at; how long that is, its readers say.
+        patience_s = min(5.0, head_timeout_s / 3)
+        _set_patience(sock, max(int(patience_s * 1000), 1))
 
     # ---- reading
 
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
-        self.answering, self.method, self.minor, self.origin = False, "", 1, b""
-        self.opened, self.protocol = False, ""
+        # Nothing of the last request is said of this one, be it only that it is malformed.
+        self.answering = self.opened = False
+        self.method = self.protocol = ""
+        self.minor = 1
+        self.origin = b""
         head = self._read_head()
         if head is None:
             return None
@@ -8507,7 +8526,7 @@ class Client:
                     self._buffer = bytes(buffer[end + 4:])
                     return bytes(buffer[:end])
                 searched = len(buffer)
-            elif self.served:
+            elif self.served:                   # it may rest between two requests, not before one
                 self.asking_since = 0.0
             try:
                 data = self._sock.recv(RECV_BYTES)
@@ -8527,7 +8546,9 @@ class Client:
 
     @property
     def _head_limit_s(self) -> float:
-        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
+        if self.asking_since:
+            return self.head_timeout_s
+        return IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
@@ -8550,7 +8571,8 @@ class Client:
         while filled < length:
             # Grows with what has come: saying much costs nothing.
             if filled == len(body):
-                body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
+                more = max(filled, RECV_BYTES)
+                body.extend(bytes(min(more, length - filled)))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
         return body                             # type: ignore[return-value]  # read like bytes
@@ -8640,10 +8662,13 @@ class Client:
             b"Content-Type: " + content_type.encode(),
             b"Content-Length: %d" % len(body),
         ]
-        head = b"\r\n".join(lines) + b"\r\n" + self.connection_line() + self.for_page()
-        head += extra + b"\r\n"
+        answer = b"\r\n".join(lines) + b"\r\n"
+        answer += self.connection_line() + self.for_page()
+        answer += extra + b"\r\n"
+        if self.method != "HEAD":
+            answer += body                      # in one system call, and most often one packet
         self.answering = True
-        self.send(head if self.method == "HEAD" else head + body)
+        self.send(answer)
 
     def reply_json(self, value: Any, status: int = 200, extra: bytes = b"") -> None:
         """Answer ourselves with a value as JSON."""
@@ -8653,7 +8678,9 @@ class Client:
         """The header line that says whether the connection stays, where its version does not."""
         if not self.keep_alive:
             return b"Connection: close\r\n"
-        return b"" if self.minor else b"Connection: keep-alive\r\n"
+        if not self.minor:
+            return b"Connection: keep-alive\r\n"
+        return b""
 
     def for_page(self) -> bytes:
         """Header lines with which a browser lets the page that asked read the answer."""
@@ -8676,18 +8703,25 @@ class Client:
         `extra` are more header lines, each with its CRLF.
         """
         self.keep_alive = self.keep_alive and self.minor == 1
-        lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
-                 b"Cache-Control: no-cache"]
+        lines = [
+            b"HTTP/1.1 200 OK",
+            b"Server: llmstack",
+            b"Content-Type: text/event-stream",
+            b"Cache-Control: no-cache",
+        ]
         if self.minor == 1:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n")
+        head = b"\r\n".join(lines) + b"\r\n"
+        self.send(head + self.for_page() + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
-        self.send(chunk(event) if self.minor == 1 else event)
+        if self.minor == 1:
+            event = chunk(event)
+        self.send(event)
 
     def half_close(self) -> None:
         """Nothing more is said; what the client still sends meets no reset."""
@@ -8709,7 +8743,7 @@ class Client:
         """Say no more, and take what the client still says. Errors: OSError, ValueError."""
         self.half_close()
         _set_patience(self._sock, 200)
-        for _ in range(64):
+        for _ in range(64):                     # who never stops talking is not listened to
             if not self._sock.recv(RECV_BYTES):
                 return
 
@@ -8788,8 +8822,12 @@ class Upstream:
         self.prefix = prefix.rstrip("/")
         self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
-        scheme, usual_port = ("https", 443) if tls else ("http", 80)
-        authority = f"[{host}]" if ":" in host else host
+        scheme, usual_port = "http", 80
+        if tls:
+            scheme, usual_port = "https", 443
+        authority = host
+        if ":" in host:                         # an address of IPv6
+            authority = f"[{host}]"
         if port != usual_port:
             authority += f":{port}"
         self.authority = authority.encode("ascii")
@@ -8822,8 +8860,9 @@ class Upstream:
                 since, sock = self._idle.pop()
             except IndexError:                  # another thread took the last one
                 break
+            is_fresh = time.monotonic() - since < IDLE_UPSTREAM_S
             # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
-            if time.monotonic() - since < IDLE_UPSTREAM_S and not _readable(sock):
+            if is_fresh and not _readable(sock):
                 return sock, True
             sock.close()
         return self.connect(client), False
@@ -8899,10 +8938,10 @@ def parse_upstream(url: str) -> Upstream:
     if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    prefix = parts.path.rstrip("/")
-    if prefix.endswith("/v1"):
-        prefix = prefix[:-3]
-    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
+    if not port:
+        port = 443 if tls else 80
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    return Upstream(parts.hostname, port, prefix, tls)
 
 
 class Outcome(NamedTuple):
@@ -9028,11 +9067,13 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
     left = sum(map(len, pieces))
+    is_tls = hasattr(sock, "cipher")
     # Gathering spares a copy of a 400 kB prompt.
-    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")
-    views: List[Any] = [b"".join(pieces)]
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not is_tls
     if gather:
-        views = [memoryview(p) for p in pieces if len(p)]
+        views: List[Any] = [memoryview(piece) for piece in pieces if len(piece)]
+    else:
+        views = [b"".join(pieces)]
     while True:
         try:
             # The kernel takes 1,024 pieces at most.
@@ -9041,7 +9082,7 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
             if client.gone():
                 raise ClientGone from None
             # With TLS, what has come may be a session ticket.
-            if not hasattr(sock, "cipher") and _peek(sock) is not None:
+            if not is_tls and _peek(sock) is not None:
                 return False
             continue
         except OSError:
@@ -9089,7 +9130,8 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             interim += 1
             data = rest
             head, found, rest = data.partition(b"\r\n\r\n")
-        if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
+        is_late = time.monotonic() > end_s
+        if is_late or interim > MAX_INTERIM or len(data) > MAX_HEAD_BYTES:
             raise UpstreamBroken("its head does not end")
 
 
@@ -9190,8 +9232,11 @@ class _Answer:
             payload = self._translation.feed(payload, last)
         if not self.chunked:
             return payload
-        framed = chunk(payload) if payload else b""
-        return framed + b"0\r\n\r\n" if last else framed
+        if payload:                             # an empty chunk would be the end
+            payload = chunk(payload)
+        if last:
+            payload += b"0\r\n\r\n"
+        return payload
 
     def counts(self) -> Counts:
         """Of its tokens; they stand at its beginning (of a stream in its first event) or end."""
@@ -9208,11 +9253,13 @@ class _Answer:
             return "ended early"
         if not self.response.events:
             return ""
-        if not self.tail:
-            return "its stream ended without an event" if self._ends else ""
-        if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
-            whole = not self._ends or any(end in self.tail for end in self._ends)
-            return "" if whole else "its stream ended without an end"
+        tail = self.tail
+        if not tail or tail.endswith((b"\n", b"\r", b"[DONE]")):
+            # Of a path whose streams have no known end, an event's is enough.
+            if not self._ends or any(end in tail for end in self._ends):
+                return ""
+            what = "end" if tail else "event"
+            return f"its stream ended without an {what}"
         said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', self.tail)
         if said:
             return said.group(1).decode("utf-8", "replace")
@@ -9233,13 +9280,16 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
     """
     payload = answer.feed(data)
-    while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
+    found = _EVENT.search(payload)
+    while found is None and not answer.ended and len(payload) <= FIRST_EVENT_BYTES:
         more = receiver.receive()
         if not more:
             raise UpstreamBroken("ended before its first event")
         payload += answer.feed(more)
-    found = _EVENT.search(payload)
-    answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
+        found = _EVENT.search(payload)
+    answer.first = payload[:FIRST_EVENT_BYTES]
+    if found:
+        answer.first = found.group(1)
     return payload
 
 
@@ -9248,7 +9298,9 @@ def event_error(event: bytes) -> int:
     if not _ERROR_EVENT.search(event):
         return 0
     code = _ERROR_CODE.search(event)
-    return int(code.group(1)) if code else 500
+    if code is None:
+        return 500
+    return int(code.group(1))
 
 
 def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
@@ -9289,12 +9341,16 @@ class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
     def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
-        self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
+        self._client = client
+        self._request = request
+        self._pieces = pieces
+        self._terms = terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
         self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
         self._began = False                     # the answer goes on to the client
-        self._started_s, self._first_byte_s = time.monotonic(), 0.0
+        self._started_s = time.monotonic()
+        self._first_byte_s = 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -9321,16 +9377,21 @@ class _Relay:
 
         Errors: UpstreamBroken, ClientGone.
         """
-        response, judge, opened = answer.response, self._terms.judge, self._client.opened
+        response = answer.response
+        judge = self._terms.judge
+        opened = self._client.opened
         stream = response.status == 200 and response.events
         suspect = stream or response.status >= 400 or opened
         if not suspect or (judge is None and not opened):
             return None, answer.feed(data)
         if stream:
+            # A server says 200 before it knows: its error is then the stream's first event.
             payload = _first_event(answer, receiver, data)
+            status = event_error(answer.first)
+            text = answer.first.decode("utf-8", "replace")
             broken = answer.why_broken() if answer.ended else ""
-            status = 500 if broken else event_error(answer.first)
-            text = broken or answer.first.decode("utf-8", "replace")
+            if broken:
+                status, text = 500, broken
         else:
             payload = _short_body(answer, receiver, data)
             status = response.status
@@ -9421,6 +9482,7 @@ class _Relay:
         self._begin()
         receiver.waiting, receiver.silent_until_s = None, 0.0
         self.pass_on(answer, receiver, payload)
+        # Of a request that was not read to its end, the rest would be taken for the next one.
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
@@ -9538,7 +9600,9 @@ class Server:
         self._stopping = False
         self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET
+        if ":" in host:
+            family = socket.AF_INET6
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             if not IS_WINDOWS:                  # there it would share a port in use
@@ -9659,8 +9723,9 @@ class Server:
     def _close_refused(self, most: int = MAX_CONNECTIONS) -> None:
         """Close so many of those that were refused, the first first."""
         with self._lock:
-            closing, self._refused = self._refused[:most], self._refused[most:]
-        for client in closing:
+            closing = self._refused[:most]
+            del self._refused[:most]
+        for client in closing:                  # without the lock: it waits for what is unread
             client.close()
 
 
@@ -9713,7 +9778,8 @@ class Lease:
 
     def asks(self, target: str, body: Sequence[bytes]) -> None:
         """What is about to be asked, kept while its answer streams where it may be parked."""
-        if self.bay is not None and self.bay.wants(sum(map(len, body))):
+        size = sum(map(len, body))
+        if self.bay is not None and self.bay.wants(size):
             self._target, self._body = target, b"".join(body)
             self.bay.make_findable(self._body)
 
@@ -9773,11 +9839,14 @@ class Host(Upstream):
             if got[0] is not result and isinstance(result, socket.socket):
                 result.close()                  # too late
 
+        # A thread of its own: nothing ends a resolver that is slow.
         threading.Thread(target=dial, name="dial", daemon=True).start()
-        end = time.monotonic() + HOST_CONNECT_S
+        end_s = time.monotonic() + HOST_CONNECT_S
         gone = False
-        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
+        while not done.wait(PATIENCE_MS / 1000):
             gone = client is not None and client.gone()
+            if gone or time.monotonic() > end_s:
+                break
         got.append(socket.timeout())
         result = got[0]
         if gone:
@@ -9804,8 +9873,11 @@ class Host(Upstream):
     def _mark_lost(self, why: str, again: bool = False) -> None:
         with self._lock:
             first = not self.offline
+            if again:                           # a probe has failed: the next is further away
+                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S)
+            elif first:
+                self._wait_s = PROBE_S
             if first or again:
-                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
                 self._probe_at = self._clock() + self._wait_s
             if first:
                 self.since = self._clock()
@@ -9823,16 +9895,17 @@ class Host(Upstream):
             self._log.info(f"back: {self.url} can be reached again, after {gone_s:,.0f} s")
 
     def why(self) -> str:
-        return (f"no connection to {self.url} for {self._clock() - self.since:,.0f} s"
-                f" ({self.offline})")
+        gone_s = self._clock() - self.since
+        return f"no connection to {self.url} for {gone_s:,.0f} s ({self.offline})"
 
     def look_again(self) -> None:
         """While unreachable, try the connection alone, without a request or the key."""
         with self._lock:
-            due = self.offline and not self._probing and self._clock() >= self._probe_at
-            self._probing = self._probing or bool(due)
-        if due:
-            threading.Thread(target=self._probe, name="probe", daemon=True).start()
+            is_time = self._clock() >= self._probe_at
+            if not self.offline or self._probing or not is_time:
+                return
+            self._probing = True
+        threading.Thread(target=self._probe, name="probe", daemon=True).start()
 
     def _probe(self) -> None:
         result = self._dial()
@@ -9873,12 +9946,13 @@ class Waiting:
         waited_s = self.waited_s
         if self._silent or waited_s < self._next_s:
             return
-        self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
+        every_s = max(WAITING_EVERY_S, waited_s / 10)
+        self._next_s = waited_s + min(every_s, 60)
         what = self._stage()
         if not what:
             return
         client = self._client
-        if not client.opened:
+        if not client.opened:                   # from now on, an error can only be an event
             client.open_stream(self._extra() if self._extra else b"")
         words = f"{what}, {waited_s:.0f} s"
         if self._visible:
@@ -9898,6 +9972,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             if 0 < terms.patience_s < waiting.waited_s:
                 return Outcome("unreachable", 0, "busy")
             waiting.tell()
+        # A server may be ready and busy: it takes the request, and lets it wait for a slot.
         if terms.patience_s:
             left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
             terms = terms._replace(first_byte_s=left_s)
@@ -10023,7 +10098,7 @@ class Behind(App):
         client.protocol = path
         waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
         terms = Terms(ends=STREAM_ENDS.get(path, ()), waiting=waiting.tell)
-        pieces = [body] if body else []
+        pieces = [body]
         return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
     def watched(self) -> Dict[str, Any]:
@@ -10310,7 +10385,9 @@ class Counters:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
-            timed = {name: times.lines(name) for name, times in self._histograms.items()}
+            timed = {}
+            for name, times in self._histograms.items():
+                timed[name] = times.lines(name)
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}")
@@ -10449,7 +10526,8 @@ class Events:
         if rows:
             after = rows[-1]["number"]
         # A browser that connects again sends the last id: see _tell.
-        lines = f"id: {self._start}-{after}\nevent: {kind}\ndata: {_ENCODE(value)}\n\n"
+        lines = f"id: {self._start}-{after}\nevent: {kind}\n"
+        lines += f"data: {_ENCODE(value)}\n\n"
         client.send_event(lines.encode())
         return after
 
@@ -10829,8 +10907,8 @@ class Breaker:
             doubled = max(self._strikes[tier] - 1, 0)
             doubled = min(doubled, 8)           # a thousand would be too much for a float
             seconds = BREAKER_S * 2 ** doubled
-        seconds = min(seconds, MAX_BREAKER_S)
-        self._down[tier] = (now + seconds, reason)
+        until = now + min(seconds, MAX_BREAKER_S)
+        self._down[tier] = (until, reason)
 
     def answered(self, tier: str) -> None:
         """It works: nothing is held against it any more."""
@@ -10849,6 +10927,10 @@ class Breaker:
             else:
                 self._down.pop(tier, None)
         return left_alone
+
+
+# Two keys name a conversation: its client's, by which the ratio of its tokens is learned, and its
+# thread, by which a turn finds the one before it. See conversation_keys().
 
 
 class Conversation(NamedTuple):
@@ -11009,6 +11091,7 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     Errors: HttpError 400, 408, 413, 415; ClientGone.
     """
     body = client.read_body(request)
+    # Decoded here: what is inside decides, and no model's server decodes it.
     if b"content-encoding" in request.fields:
         body = decoded_body(request.header(b"content-encoding"), body)
         request = without_headers(request, (b"content-encoding",))
@@ -11190,6 +11273,7 @@ class Descent:
         self._conversations = conversations
         self.tier, *self._left = decision.chain
         self.route = self._routes[self.tier.name]
+        # A prompt's true size may bring back tiers that the estimate has left out of the chain.
         self._tried = {self.tier.name}
         self._own_fault = False                 # the last error was the request's, not the tier's
         self.fallbacks: List[str] = []
@@ -11233,6 +11317,8 @@ class Descent:
         need = prompt_tokens_said(status, text)
         own = need > 0 or own_fault(status, text)
         self._own_fault = own
+        # Too long: to a tier that holds it. A picture: to one that takes it. Any other fault of the
+        # request's own would be the next tier's answer, too.
         if need:
             self.learn(need)
             self._left = self._holding(need)
@@ -11487,6 +11573,7 @@ class RouterApp(App):
             self._reload_asked = False
             self.reload()
         now = self._snapshot
+        # A llama-server says what its slots hold, which may be less than models.ini asks for.
         served = self.behind.contexts()
         if served != now.served:                # a model has been loaded for the first time
             self._snapshot = self._adopt(now.asked, now.hosts, served)
@@ -11623,8 +11710,9 @@ class RouterApp(App):
         values, place = values_in(request, body)
         model = values.get("model")
         route: Optional[Route] = None
+        in_path = path.startswith("/upstream/")     # the model that it is for
         named = isinstance(model, str) and not is_auto(model)
-        if named and not path.startswith("/upstream/"):     # that names its model in its path
+        if named and not in_path:
             name = self._resolve(request, model)
             route = self._snapshot.routes.get(name)
         if route is None:
@@ -11815,7 +11903,8 @@ class RouterApp(App):
         says = values.get("prompt") or values.get("messages")
         if chats and not says:
             # `ollama run` asks for nothing to have the model loaded; its first words do that here.
-            client.reply(200, translation.nothing(), translation.content_type.decode())
+            content_type = translation.content_type.decode()
+            client.reply(200, translation.nothing(), content_type)
             return
         request = with_header(request, _AS_JSON)
         request = with_header(request, UNCOMPRESSED)
@@ -11849,6 +11938,7 @@ class RouterApp(App):
             route = self._snapshot.routes[name]
             self._ask_named(asked, route)
         else:
+            # A name of the host's or of llama-swap's own; it says itself what it does not know.
             self._check_served(asked)
             self.behind.forward(asked.client, asked.request, asked.body)
 
@@ -11916,6 +12006,7 @@ class RouterApp(App):
         compare_turns(asked, row)
         prompt = outcome.counts.prompt
         output = outcome.counts.output
+        # What has been written is in the cache as well: the next turn brings it back as prompt.
         if outcome.answered and prompt:
             self._conversations.answered(
                 asked.thread,
@@ -11999,7 +12090,8 @@ class RouterApp(App):
         what = f"auto -> {name}"
         how = outcome.status or outcome.state
         ms = asked.age_s() * 1000
-        line = f"{what} [{decision.rung}] {reason}; {how} in {ms:,.0f} ms"
+        line = f"{what} [{decision.rung}] {reason}"
+        line += f"; {how} in {ms:,.0f} ms"
         if fallbacks:
             line += f"; fell back {', '.join(fallbacks)}"
         self.log.info(line)
@@ -12023,7 +12115,10 @@ class RouterApp(App):
         if first.backend != "gguf":             # a hosted one is never busy
             return []
         rows = self.behind.watched().get("models", {})
-        idle = {name for name, row in rows.items() if row["state"] == "loaded"}
+        idle = set()
+        for name, row in rows.items():
+            if row["state"] == "loaded":
+                idle.add(name)
         for asked in list(self._ongoing.values()):
             idle.discard(asked.tier)
         if first.name in idle:
@@ -12061,11 +12156,13 @@ class RouterApp(App):
         if not name and not is_known:
             name = tier
         pieces = asked.body_for(route, name)
+        # A direct host is asked by the router itself; all other tiers are what is behind us.
         if route.host is None:
             lease = self.behind.lease(tier)
         else:
             lease = Lease(route.host)
             request, target = host_request(request, route, target)
+        # For whoever asks meanwhile what this request waits for.
         asked.tier = tier
         asked.lease = lease
         first_byte_s = 0.0
@@ -12092,7 +12189,15 @@ class RouterApp(App):
             patience_s=asked.patience_s,
         )
         try:
-            return ask_lease(client, request, lease, target, pieces, terms, waiting)
+            return ask_lease(
+                client,
+                request,
+                lease,
+                target,
+                pieces,
+                terms,
+                waiting,
+            )
         finally:
             asked.wait_s += waiting.ready_s
 
@@ -14097,18 +14202,24 @@ class Ticket(Lease):
     def ready(self) -> bool:
         if not self._engine.try_enter(self):
             return False
+        # Now the model counts this request, and keeps its server until end().
         self._entered = True
-        self.upstream, self.bay = self.model.upstream, self.model.bay
+        self.upstream = self.model.upstream
+        self.bay = self.model.bay
         return True
 
     def wait(self, seconds: float) -> None:
         self._engine.wait(seconds)
 
     def stage(self) -> str:
-        return "" if self._entered else self._engine.stage(self)
+        if self._entered:
+            return ""
+        return self._engine.stage(self)
 
     def prompt_read(self) -> float:
-        return self._engine.prompt_read(self.model) if self._entered else 0.0
+        if self._entered:
+            return self._engine.prompt_read(self.model)
+        return 0.0
 
     def end(self) -> None:
         if self._entered:
