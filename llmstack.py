@@ -642,6 +642,7 @@ def inference_path(target: str) -> str:
         return path
     path = unquoted(path)
     words = [word for word in path.split("/") if word]
+    # Twice, where a base URL ends in it and the client adds its own.
     while words and words[0] == "v1":
         words.pop(0)
     return INFERENCE_PATHS.get("/" + "/".join(words), "")
@@ -881,6 +882,7 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
     """
     trigger = _leading_trigger(triggers, user_text)
     trigger = trigger or _bracketed_trigger(triggers, user_text, alone=False)
+    # A system message may explain a trigger in a sentence, which asks for nothing.
     for text in system_texts:
         trigger = trigger or _bracketed_trigger(triggers, text, alone=True)
     return trigger
@@ -1076,6 +1078,7 @@ def held_by_all(facts: Facts, config: Config) -> bool:
 
     Where not, class_tokens is worth its time.
     """
+    # At least what output_reserve() takes for any tier.
     reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
     return facts.most_tokens + reserve <= config.smallest_context
 
@@ -1344,6 +1347,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     Source: README, "How auto decides".
     """
     barred = barred or {}
+    # Without a projector, llama-server answers a picture with an error.
     if facts.pictures:
         barred = {**barred, **_blind(config)}
     down = {**(down or {}), **barred}
@@ -5720,6 +5724,7 @@ def falls_through(status: int, hosted: bool = False) -> bool:
     """
     if hosted and status in (402, 404):
         return True
+    # 401 and 403 are about our key for that tier, which no other tier asks for.
     return status in (401, 403, 408, 429) or status >= 500
 
 
@@ -8642,7 +8647,7 @@ class Client:
         while view:
             try:
                 sent = self._sock.send(view)
-                if sent == len(view):
+                if sent == len(view):           # nearly always, and at once
                     return
                 view, moved = view[sent:], time.monotonic()
             except _LAPSED:
@@ -8756,6 +8761,7 @@ class Client:
                 _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
+                # What came right behind the request belongs to the new protocol.
                 upstream.sendall(self._buffer)
                 _carry_all(ready, other)
             except OSError:
@@ -8767,6 +8773,7 @@ JSON_LINE = b"Content-Type: application/json\r\n"
 
 def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
     """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    # For all of it: a byte a second would have no end, either.
     deadline = time.monotonic() + timeout_s
     total = 0
     while True:
@@ -8794,6 +8801,7 @@ def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]
         if not piece:
             raise ValueError("the answer ended early")
         data += piece
+        # The beginning of its body may have come with it.
         if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
             raise ValueError("an answer without end")
         end = data.find(b"\r\n\r\n", max(searched - 3, 0))
@@ -8846,6 +8854,7 @@ class Upstream:
                 self._context = self._context or ssl.create_default_context()
                 sock = self._context.wrap_socket(sock, server_hostname=self.host)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Python's timeout polls before each call; the kernel's costs no system call.
             sock.settimeout(None)
             _set_patience(sock, PATIENCE_MS)
         except BaseException:
@@ -8868,6 +8877,7 @@ class Upstream:
         return self.connect(client), False
 
     def checkin(self, sock: socket.socket) -> None:
+        # As the last one is taken first, those that are not needed grow old and are closed.
         if len(self._idle) < MAX_CONNECTIONS:
             self._idle.append((time.monotonic(), sock))
         else:
@@ -8901,6 +8911,7 @@ class Upstream:
             headers + b"Content-Length: %d" % len(body),
             b"Connection: close",
         ]
+        # No kept one: each of these may be the last thing that is asked of that host.
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
@@ -8994,9 +9005,6 @@ class Terms(NamedTuple):
     patience_s: float = 0.0
 
 
-AS_IT_COMES = Terms()
-
-
 class _NoAnswer(Exception):  # noqa: N818
     """A connection ended before a byte of an answer came."""
 
@@ -9049,6 +9057,7 @@ class _Receiver:
             except OSError as exc:
                 raise UpstreamBroken(_why_unreachable(exc)) from None
             now = time.monotonic()
+            # Whatever has come is of no use to a client that has left.
             if received < 0 or now >= self._look_at_s:
                 self._look_at_s = now + LOOK_S
                 if self._client.gone():
@@ -9117,6 +9126,8 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             if not end_s:
                 raise _NoAnswer
             raise UpstreamBroken("closed the connection in the middle of its head")
+        # A model may read its prompt for an hour before it says a byte; from then on it may not
+        # rest.
         end_s = end_s or time.monotonic() + HEAD_TIMEOUT_S
         data += more
         head, found, rest = data.partition(b"\r\n\r\n")
@@ -9168,6 +9179,7 @@ def request_head(request: Request, upstream: Upstream, target: str, length: int)
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
+    # An empty body is announced, too, where the method means one (RFC 9110, 8.6).
     if length or request.length or request.method in ("POST", "PUT", "PATCH"):
         lines.append(b"Content-Length: %d" % length)
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -9196,6 +9208,7 @@ class _Answer:
         self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
         self._body = body_of(response)
+        # A stream that we began has no length, and what a translation makes of a body another.
         sized = response.framing in ("length", "none") and not client.opened
         if translation is not None:
             sized = False
@@ -9220,6 +9233,7 @@ class _Answer:
             payload = self._body.feed(data)
         except ValueError as exc:
             raise UpstreamBroken(str(exc)) from None
+        # The end alone is kept, for what it says of tokens and of how the stream ended.
         if len(payload) >= TAIL_BYTES:
             self.tail = payload[-TAIL_BYTES:]
         elif payload:
@@ -9360,7 +9374,7 @@ class _Relay:
         terms = self._terms
         try:
             self._sent_whole = _send_upstream(sock, self._pieces, self._client)
-        except OSError:
+        except OSError:                         # that a kept connection has died shows here, too
             raise _NoAnswer from None
         if terms.extra is not None:             # now: the model is at work, and nobody waits
             self._lines = terms.extra()
@@ -9451,6 +9465,7 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        # What follows is no HTTP: a client that did not ask for it would take it for an answer.
         if not self._request.upgrade:
             raise UpstreamBroken("it switched protocols unasked")
         client = self._client
@@ -9477,6 +9492,7 @@ class _Relay:
             return self._switch(sock, response, data)
         answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
         rejected, payload = self.judged(answer, receiver, data)
+        # Its connection is closed: nobody reads what is left of that answer.
         if rejected is not None:
             return rejected
         self._begin()
@@ -9508,7 +9524,7 @@ class _Relay:
 
     def _begin(self) -> None:
         """The answer goes on to the client: no other tier is asked any more."""
-        self._began = True
+        self._began = True                      # what fails from here on is broken, not unreachable
         self._first_byte_s = time.monotonic() - self._started_s
         self._pieces.clear()                    # a prompt is not held while its answer streams
         if self._terms.began is not None:
@@ -9516,7 +9532,7 @@ class _Relay:
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
-          terms: Terms = AS_IT_COMES) -> Outcome:
+          terms: Terms) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
@@ -9828,7 +9844,8 @@ class Host(Upstream):
 
         Errors: OSError; ClientGone, when the client goes meanwhile.
         """
-        # The first in it is the result: a connection, or that nobody waits for one any more.
+        # The first in it is the result: a connection, or that nobody waits for one any more. A list
+        # is appended to in one step, so of two threads one is the first.
         got: List[Union[socket.socket, OSError]] = []
         done = threading.Event()
 
@@ -9882,6 +9899,7 @@ class Host(Upstream):
             if first:
                 self.since = self._clock()
             self.offline = why
+        # Once, not for each request that finds out: the log is not to be filled by a lost network.
         if first:
             self.forget()                       # its kept connections lead nowhere, too
             self._log.warning(f"offline: no connection to {self.url} ({why});"
@@ -9910,7 +9928,7 @@ class Host(Upstream):
     def _probe(self) -> None:
         result = self._dial()
         if isinstance(result, OSError):
-            self._mark_lost(_why_unreachable(result), True)
+            self._mark_lost(_why_unreachable(result), again=True)
         else:
             result.close()
             self._mark_found()
@@ -9978,6 +9996,7 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
+        # It was ready, and has died since.
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
         lease.asks(target, body)
@@ -9994,6 +10013,7 @@ def reply_failure(client: Client, status: int, message: str, kind: str = "upstre
                   extra: bytes = b"") -> None:
     """Say that a request has failed: once, as an answer or within a stream that has begun."""
     if not client.opened:
+        # Without it, clients' libraries ask again within a second, when nothing has changed here.
         if status >= 500:
             extra += b"Retry-After: 5\r\n"
         client.reply_error(status, message, kind, extra)
@@ -10025,7 +10045,7 @@ def tell_failure(client: Client, log: Log, what: str, outcome: Outcome, nobody: 
     elif outcome.state == "failed":
         log.warning(f"{what}: {detail}")
         reply_failure(client, outcome.status, detail, extra=extra)
-    elif outcome.state == "rejected":
+    elif outcome.state == "rejected":           # the client's to see: nothing here has failed
         reply_failure(client, outcome.status, said_error(detail), extra=extra)
     elif outcome.state == "unreachable":
         message = f"{nobody} ({detail})"
@@ -10040,12 +10060,14 @@ def check_caller(client: Client, request: Request, loopback: bool, origins: Sequ
     """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
     wrong = refusal(request, loopback, origins, hosts)
     if wrong:
+        # Else the answer would say that this page may read it.
         client.origin = b""
         raise HttpError(403, wrong, "forbidden")
 
 
 def reply_preflight(client: Client, request: Request) -> None:
     """Tell a page that may ask that it may, whatever it is going to ask."""
+    # Chromium asks for Private-Network before a public page may reach this machine.
     wanted = request.fields.get(b"access-control-request-headers", b"*")
     client.reply(200, b"", extra=(
         b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
@@ -10120,6 +10142,7 @@ class Behind(App):
         """End what was started for it."""
 
     def answer(self, client: Client, request: Request) -> None:
+        # It listens on 127.0.0.1 alone, so there are no other origins and hosts to allow.
         check_caller(client, request, True)
         if request.method == "OPTIONS":         # a page of this machine asks whether it may
             reply_preflight(client, request)
@@ -10173,7 +10196,7 @@ class UpstreamApp(Behind):
             if isinstance(values, dict):
                 name = str(values.get("model"))
                 stream = values.get("stream") is True
-        if stream:
+        if stream:                              # its last bytes are to be read
             request = with_header(request, UNCOMPRESSED)
         outcome = self.relay_over(self.lease(name), client, request, body, stream)
         path, _, _ = request.target.partition("?")
@@ -10426,6 +10449,7 @@ class Events:
         """What a conversation is called: a hash of its key that nobody can look up."""
         if not conversation:
             return ""
+        # hash() differs from process to process, so names of two daemons cannot be matched.
         digest = hash(self._salt + conversation) % 2**48
         return f"{digest:012x}"
 
@@ -11824,6 +11848,7 @@ class RouterApp(App):
             if tier.backend == "litellm" and row["state"] == "available":
                 row["state"] = models.get(PROXY, row)["state"]
             is_barred = row["state"] == "not served"
+            # What a tier lacks that is not served may be its key alone.
             if is_barred and row["reason"].startswith("missing "):
                 row["state"] = "no credential"
             rows.append(row)
@@ -11927,7 +11952,7 @@ class RouterApp(App):
             if asked.tier:
                 self.events.counters.count_left(asked.tier)
             raise
-        finally:
+        finally:                                # whatever was raised: it is shown as under way
             del self._ongoing[number]
 
     def _answer_asked(self, asked: Asked) -> None:
@@ -11991,6 +12016,7 @@ class RouterApp(App):
                 facts = read_facts(asked.path, asked.values)
             except RecursionError:              # the upstream may take it all the same
                 pass
+        # Made in the place of header lines: while the model is at work.
         looks = asked.look_at_prompt if facts else None
         outcome = self._ask(asked, route, headers=looks)
         name = route.tier.name
@@ -12210,6 +12236,7 @@ class RouterApp(App):
             log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
+        # `llmstack start` helps where the daemon's own part is missing, not where a host is.
         nobody = behind.nobody
         remedy = behind.remedy
         if route.host is not None:
