@@ -54,8 +54,8 @@ Map of the file, bottom-up; each section is built from those above it:
     PURE: ANSWERS        what errors and counts of an answer say; which conversation it belongs to
     PURE: SHELL          the hooks of bash, zsh, fish and PowerShell, and quoting for them
     PURE: DOWNLOADS      what to fetch for which tier
-    SYSTEM EDGE          resources, directories, atomic writes, logs, what differs between platforms
-    PROJECTS             channel markers, and which projects are trusted
+    SYSTEM EDGE          directories, atomic writes, memory, logs, what differs between platforms
+    PROJECTS             a project's configuration, its channel, and whether it is trusted
     PROCESSES            identity, records, ports, stopping what is ours
     PROGRAMS             finding programs; private environments with packages from PyPI
     RELAY                sockets: client, upstream pool, the relay itself, the threaded server
@@ -73,7 +73,7 @@ Map of the file, bottom-up; each section is built from those above it:
     STACK                bringing the daemon up and down, and what is known of it from outside
     INSTALL              what a project is given for opencode; the router of another machine
     DOWNLOADS            the queue of models from the hub, and its worker
-    SHELL                the shell of `start`, the hooks' answers, what is shown to be trusted
+    SHELL                the shell of `start`, and the hooks' answers
     STATUS               what runs, as people read it
     DAEMON               engine, router and their servers put together, until a signal
     COMMANDS             what each command does, the table of them, and main()
@@ -246,6 +246,7 @@ class UserError(Exception):
 
     def __init__(self, message: str, hint: str = "", exit_code: int = 1) -> None:
         super().__init__(message)
+        self.problems: Sequence[str] = (message,)
         self.hint = hint
         self.exit_code = exit_code
 
@@ -284,6 +285,7 @@ class LoadError(Exception):
 # ==================================================================================================
 
 
+# What follows the host is its end, a port or a path: 127.0.0.1.example.com is another's.
 _LOCAL_URL = re.compile(r"https?://(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?![^:/])")
 
 
@@ -379,6 +381,7 @@ class Routing(NamedTuple):
     stay_s: int = 10                            # ...while leaving it costs more
 
 
+# All layers on the GPU, and a KV cache of 8 bits, which takes half of what f16 does.
 DEFAULT_SERVER: Tuple[Tuple[str, Any], ...] = (
     ("n_gpu_layers", "999"),
     ("flash_attn", "on"),
@@ -423,7 +426,8 @@ class Config(_Settings):
     def on_channel(self, channel: str) -> Config:
         """The same with its tiers on a channel: everything behind this asks them alone."""
         tiers = tuple(tier.on_channel(channel) for tier in self.tiers)
-        if channel != "next":                   # "": nothing runs; external: another's to say
+        # "" is said where nothing runs, external where it is another's to say.
+        if channel != "next":
             channel = "current"
         return self._replace(tiers=tiers, channel=channel)
 
@@ -438,36 +442,46 @@ class Config(_Settings):
     @functools.cached_property
     def smallest_context(self) -> int:
         """Of the ladder's tiers, in tokens: what it holds, all of them hold."""
-        return min((t.ctx_size for t in self.ladder), default=0)
+        return min((tier.ctx_size for tier in self.ladder), default=0)
 
     @property
     def offered(self) -> Tuple[Tier, ...]:
         """The tiers that a request may name: without those that local_only forbids."""
         if self.local_only:
-            return tuple(t for t in self.tiers if not t.remote)
+            return tuple(tier for tier in self.tiers if not tier.remote)
         return self.tiers
 
     def by_role(self, role: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.role == role), None)
+        for tier in self.tiers:
+            if tier.role == role:
+                return tier
+        return None
 
     def by_name(self, name: str) -> Optional[Tier]:
-        return next((t for t in self.tiers if t.name == name or name in t.aliases), None)
+        for tier in self.tiers:
+            if tier.name == name or name in tier.aliases:
+                return tier
+        return None
 
     @functools.cached_property
     def ladder(self) -> Tuple[Tier, ...]:
         """The auto-routed tiers, best first."""
-        roles = {t.role: t for t in reversed(self.offered)}
-        return tuple(roles[role] for role in LADDER_ROLES if role in roles)
+        found = []
+        for role in LADDER_ROLES:
+            # A role has one tier; where local_only forbids that, the rung is missing.
+            found += [tier for tier in self.offered if tier.role == role]
+        return tuple(found)
 
     @functools.cached_property
     def preferences(self) -> Dict[str, Tuple[Tier, ...]]:
         """The ladder as each of its roles sees it: itself and below, then above, nearest first."""
         orders = {}
-        for index, role in enumerate(LADDER_ROLES):
-            above = LADDER_ROLES[:index]
-            higher = [t for t in self.ladder if t.role in above]
-            lower = [t for t in self.ladder if t.role not in above]
-            orders[role] = (*lower, *reversed(higher))
+        above: List[Tier] = []
+        below = list(self.ladder)
+        for role in LADDER_ROLES:
+            orders[role] = (*below, *above)
+            if below and below[0].role == role:
+                above.insert(0, below.pop(0))
         return orders
 
 
@@ -495,7 +509,8 @@ class Facts(NamedTuple):
     @property
     def most_tokens(self) -> int:
         """What the text cannot exceed, by the rates of class_tokens."""
-        return int((self.chars + self.extra) * 1.62) + self.wide + self.pictures * PICTURE_TOKENS
+        text = int((self.chars + self.extra) * 1.62) + self.wide
+        return text + self.pictures * PICTURE_TOKENS
 
     @property
     def full_tokens(self) -> int:
@@ -1212,6 +1227,7 @@ class Decision(NamedTuple):
     facts: Facts
     config: Config
     down: Mapping[str, str] = {}                # tiers left alone when it was made, with the reason
+    barred: Mapping[str, str] = {}              # of these, those that cannot answer
     preference: Tuple[Tier, ...] = ()           # the whole ladder, as the rung would have it
     stays: str = ""                             # why this tier goes on instead of the rung's
     held: bool = True                           # by a tier at least
@@ -1309,7 +1325,7 @@ class Decision(NamedTuple):
             classes=max(facts.classes - fewer, 0),
             turns=facts.turns + more,
         )
-        return decide(changed, self.config, self.down).tier
+        return decide(changed, self.config, self.down, self.barred).tier
 
     @property
     def nearest(self) -> str:
@@ -1376,6 +1392,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
         facts=facts,
         config=config,
         down=down,
+        barred=barred,
         preference=order,
         held=bool(holds),
     )
@@ -1547,13 +1564,14 @@ def _option_table(rows: str) -> Dict[str, Option]:
     for row in rows.strip().splitlines():
         key, trust, value, *flags = row.split()
         kind, _, bounds = value.partition(":")
-        option = Option(kind, harmless=_TRUST[trust], flags=tuple(flags))
+        low = high = 0.0
+        choices: Sequence[str] = ()
         if bounds:
             low, high = map(float, bounds.split(".."))
-            option = option._replace(low=low, high=high)
         elif "|" in value:
-            option = option._replace(kind="choice", choices=tuple(value.split("|")))
-        table[key] = option
+            kind, choices = "choice", value.split("|")
+        table[key] = Option(
+            kind, low, high, tuple(choices), harmless=_TRUST[trust], flags=tuple(flags))
     return table
 
 
@@ -1604,7 +1622,9 @@ yarn_beta_slow        free   number:-1..1e6          --yarn-beta-slow
 yarn_beta_fast        free   number:-1..1e6          --yarn-beta-fast
 """)
 TIER_SERVER_OPTIONS = {**SERVER_OPTIONS, **MODEL_OPTIONS}
-FILE_KEYS = tuple(key for key, option in MODEL_OPTIONS.items() if option.kind in ("file", "files"))
+FILE_KEYS = tuple(
+    key for key, option in MODEL_OPTIONS.items()
+    if option.kind in ("file", "files"))
 # What `sampler` holds, within the bounds that llama-server accepts.
 SAMPLER_OPTIONS = _option_table("""
 temp     free  number:0..10   --temp --temperature
@@ -1614,6 +1634,8 @@ min_p    free  number:0..1    --min-p
 rep_pen  free  number:0..10   --repeat-penalty
 """)
 # What opencode shows as the cost of an answer: key -> opencode's own name of it.
+# What `probe` finds out of a model, where a tier does not say it itself.
+PROBED_KEYS = ("tool_call", "reasoning")
 PRICE_KEYS = {
     "price_input_per_1m": "input",
     "price_output_per_1m": "output",
@@ -1701,6 +1723,8 @@ _ROPE = re.compile(
 _TRIGGER = re.compile(r"\[[\w-]+\]|[\w-]+:")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
+# ---- what may be a secret
+
 # Names that would hold a secret, whatever the value; values that look like one, whatever the name.
 _SECRET_NAME = re.compile(
     r"api[_-]?key(?!_env)|token(?!s)|secret|passw|aws_|role_arn|credential|private_key|bearer"
@@ -1731,12 +1755,16 @@ _OPAQUE = re.compile(r"(?=[^\s]*[0-9])(?=[^\s]*[a-z])(?=[^\s]*[A-Z])[A-Za-z0-9+/
 Shape = Union[str, Pattern[str]]
 
 
+# ---- what a value is, by the kind of its option
+
+
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
     if len(word) > 64:                          # the comparison takes the square of its length
         return ""
-    near = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    for near in difflib.get_close_matches(word, list(known), 1, 0.5):
+        return f", did you mean {near}?"
+    return ""
 
 
 def _shaped(pattern: Shape, text: str, what: str) -> str:
@@ -1823,24 +1851,28 @@ def _parse_layers(text: str) -> str:
 
 def _parse_url(text: str) -> str:
     match = _BASE_URL.match(text)
-    if not match or len(text) > 512 or not 0 < int(match.group(1) or 80) < 65_536:
-        raise ValueError("not of the form https://host[:port][/path], such as"
-                         " https://api.groq.com/openai/v1")
-    return text
+    if match and len(text) <= 512:
+        port = int(match.group(1) or 80)
+        if 0 < port < 65_536:
+            return text
+    raise ValueError("not of the form https://host[:port][/path], such as"
+                     " https://api.groq.com/openai/v1")
 
 
 def _parse_sampler(text: str) -> Tuple[Tuple[str, float], ...]:
     values: Dict[str, float] = {}
     for part in _parts(text):
-        key, _, value = (word.strip() for word in part.partition("="))
-        if key not in SAMPLER_OPTIONS:
-            raise ValueError(f"there is no {key!r}{_did_you_mean(key, SAMPLER_OPTIONS)}")
+        key, _, value = map(str.strip, part.partition("="))
+        option = SAMPLER_OPTIONS.get(key)
+        if option is None:
+            near = _did_you_mean(key, SAMPLER_OPTIONS)
+            raise ValueError(f"there is no {key!r}{near}")
         if key in values:
             raise ValueError(f"{key} is given twice")
-        option = SAMPLER_OPTIONS[key]
         try:
             values[key] = _parse_number(option, value)
         except ValueError:
+            # What _parse_number says names no key, and here are several.
             kind = option.kind.replace("int", "whole number")
             raise ValueError(f"{key} = {value or 'nothing'} is not a {kind} from {option.low:g} to"
                              f" {option.high:g}") from None
@@ -1888,8 +1920,9 @@ def _why_refused(flag: str) -> str:
     for key, option in TIER_SERVER_OPTIONS.items():
         if flag in option.flags:
             return f"{key} says it"
-    if any(flag in option.flags for option in SAMPLER_OPTIONS.values()):
-        return "sampler says it"
+    for option in SAMPLER_OPTIONS.values():
+        if flag in option.flags:
+            return "sampler says it"
     return ""
 
 
@@ -1918,7 +1951,8 @@ def _parse_args(text: str) -> Tuple[str, ...]:
     except ValueError as exc:
         raise ValueError(f"it cannot be split as a shell would: {exc}") from None
     for flag, *_ in groups:
-        why = _why_refused(flag.partition("=")[0])
+        name, _, _ = flag.partition("=")
+        why = _why_refused(name)
         if why:
             raise ValueError(f"{flag} is not for args: {why}")
     return tuple(itertools.chain(*groups))
@@ -1980,9 +2014,13 @@ def parse_value(option: Option, text: str) -> Any:
         return _shaped(shape, text, what)
     if kind in _LISTS:
         shape, what = _LISTS[kind]
-        parts = tuple(_shaped(shape, part, what) for part in _parts(text))
-        return parts if kind == "names" else tuple(part.lower() for part in parts)
+        if kind != "names":                     # hosts are the same in any case, models are not
+            text = text.lower()
+        return tuple(_shaped(shape, part, what) for part in _parts(text))
     return _READERS[kind](text)
+
+
+# ---- the lines of the file
 
 
 class IniLine(NamedTuple):
@@ -2006,7 +2044,8 @@ _MAY_BE_EMPTY = ("triggers", "names")
 
 def _odd_space(*texts: str) -> str:
     """White space other than space and tab at an end of one of the texts, as U+XXXX, or ""."""
-    for char in "".join(text[:1] + text[-1:] for text in texts):
+    ends = "".join(text[:1] + text[-1:] for text in texts)
+    for char in ends:
         if char.isspace() and char not in " \t":
             return f"U+{ord(char):04X}"
     return ""
@@ -2054,7 +2093,8 @@ class IniReader:
     def warn(self, line: int, what: str, word: str = "", known: Iterable[str] = ()) -> None:
         """Say what is odd, and which of the known words may have been meant."""
         if len(self.warnings) < MAX_SHOWN_PROBLEMS:
-            self.warnings.append(f"{self.source}:{line}: {what}{_did_you_mean(word, known)}")
+            near = _did_you_mean(word, known)
+            self.warnings.append(f"{self.source}:{line}: {what}{near}")
 
     def _read(self, number: int, line: str) -> None:
         stripped = line.strip(" \t")
@@ -2080,7 +2120,9 @@ class IniReader:
             self._read_key(number, text, indent)
 
     def _read_key(self, number: int, text: str, indent: int) -> None:
-        pattern = _ALIAS_VALUE if self._section == "ALIASES" else _KEY_VALUE
+        pattern = _KEY_VALUE
+        if self._section == "ALIASES":
+            pattern = _ALIAS_VALUE
         match = pattern.match(text)
         key = value = ""
         if match:
@@ -2092,12 +2134,15 @@ class IniReader:
         elif not key:
             self.wrong(number, "neither a [section], a key = value nor a comment")
         elif not key.isascii():
-            code = next(ord(char) for char in key if not char.isascii())
-            self.wrong(number, f"a key holds ASCII characters only, and this one has U+{code:04X}")
+            # Before it is in lower case: the sign for Kelvin is an ASCII k then.
+            foreign = re.sub("[\x00-\x7f]", "", key)
+            code = f"U+{ord(foreign[0]):04X}"
+            self.wrong(number, f"a key holds ASCII characters only, and this one has {code}")
         elif self._section == "":
             self.wrong(number, f"{key.lower()} stands before any [section]")
         else:
-            self._key, self._indent = key.lower(), indent
+            self._key = key.lower()
+            self._indent = indent
             self._add(number, self._key, value)
 
     def _hide(self, number: int, what: str) -> None:
@@ -2116,39 +2161,47 @@ class IniReader:
         first = self._first.setdefault((name, key), line)
         # Both are read all the same, so that what is wrong with either is said at once.
         if first is not line:
-            what = f"{key} in [{name}]" if key else f"[{name}]"
+            what = f"[{name}]"
+            if key:
+                what = f"{key} in [{name}]"
             self.wrong(number, f"{what} is there twice, first on line {first.number}")
         self.sections.setdefault(name, []).append(line)
 
     def line_of(self, section: str, key: str = "") -> int:
         """Where a section, or a key of it, stands first; 0: nowhere."""
         line = self._first.get((section, key))
-        return line.number if line else 0
+        if line is None:
+            return 0
+        return line.number
 
     def keys_of(self, section: str) -> List[IniLine]:
-        return [line for line in self.sections.get(section, ()) if line.key]
+        lines = self.sections.get(section, ())
+        return [line for line in lines if line.key]
 
     def values_of(self, section: str, options: Mapping[str, Option]) -> Dict[str, Any]:
         """Read one section's keys against its table."""
         values: Dict[str, Any] = {}
-        for number, _, key, text in self.keys_of(section):
-            option = options.get(key)
+        for line in self.keys_of(section):
+            key, option = line.key, options.get(line.key)
             if option is None:
-                self.warn(number, f"unknown key {key} in [{section}]", key, options)
-            elif text or option.kind in _MAY_BE_EMPTY:
+                self.warn(line.number, f"unknown key {key} in [{section}]", key, options)
+            # A key without a value says nothing: its usual value counts.
+            elif line.value or option.kind in _MAY_BE_EMPTY:
                 try:
-                    values[option.field or key] = parse_value(option, text)
+                    values[option.field or key] = parse_value(option, line.value)
                 except ValueError as exc:
-                    self.wrong(number, f"{key}: {exc}")
+                    self.wrong(line.number, f"{key}: {exc}")
         return values
 
     def shown_problems(self) -> List[str]:
         """Its problems as `source:LINE: what`, in the order of their lines."""
+        shown = []
         problems = sorted(set(self.problems))
-        shown, rest = problems[:MAX_SHOWN_PROBLEMS], problems[MAX_SHOWN_PROBLEMS:]
-        if rest:
-            shown.append((rest[0][0], f"and {len(rest):,} more problems from here"))
-        return [f"{self.source}:{line}: {what}" for line, what in shown]
+        for index, (line, what) in enumerate(problems):
+            if index == MAX_SHOWN_PROBLEMS:
+                what = f"and {len(problems) - index:,} more problems from here"
+            shown.append(f"{self.source}:{line}: {what}")
+        return shown[:MAX_SHOWN_PROBLEMS + 1]
 
 
 def holds_secret(text: str) -> bool:
@@ -2156,9 +2209,13 @@ def holds_secret(text: str) -> bool:
     return IniReader(text).holds_secret
 
 
+# ---- what goes together: hosts, models, names, ports
+
+
 def _check_host(reader: IniReader, tier: Tier) -> None:
     """base_url and api_key_env stand where they mean something; a key unencrypted is warned of."""
-    name, url, variable = tier.name, tier.base_url, tier.api_key_env
+    name = tier.name
+    url, variable = tier.base_url, tier.api_key_env
     at = reader.line_of(name, "base_url")
     if tier.backend == "openai":
         if not at:
@@ -2181,55 +2238,62 @@ def _check_host(reader: IniReader, tier: Tier) -> None:
 
 def _check_model(reader: IniReader, tier: Tier, written: Mapping[str, str]) -> None:
     """A tier names a model for its backend; `written` are its keys as they stand there."""
-    name, role = tier.name, tier.role
-    in_hub = written.get("hf_repo") and written.get("hf_file")
+    name = tier.name
     if tier.backend != "gguf":
         for key in tier.settings:
             at = reader.line_of(name, key)
             reader.warn(at, f"{key} is for llama-server, and [{name}] is hosted")
         if not tier.model:
             reader.wrong_key(name, "", f"[{name}] has backend = {tier.backend} but no model")
-    elif not (tier.path or in_hub):
+        return
+    # As written: what has the wrong shape is no value, and is told already.
+    in_hub = written.get("hf_repo") and written.get("hf_file")
+    if not (tier.path or in_hub):
         reader.wrong_key(
             name, "", f"[{name}] names no model: hf_repo and hf_file, path, or model")
     elif tier.hf_file_next and not (tier.hf_repo_next or tier.hf_repo):
         reader.wrong_key(name, "hf_file_next", "hf_file_next needs hf_repo_next or hf_repo")
-    if role and role not in KNOWN_ROLES:
-        at = reader.line_of(name, "role")
-        reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _implied_backend(values: Mapping[str, Any], written: Mapping[str, str]) -> str:
     if not values.get("model"):
         return "gguf"
-    return "openai" if written.get("base_url") else "litellm"
+    if written.get("base_url"):
+        return "openai"
+    return "litellm"
 
 
-def _pop_server_values(values: Dict[str, Any]) -> Dict[str, Any]:
-    """Take the keys of llama-server out of `values`; an empty list says nothing."""
-    own = {key: values.pop(key) for key in list(values) if key in TIER_SERVER_OPTIONS}
+def _pop_values(values: Dict[str, Any], keys: Mapping[str, Any]) -> Dict[str, Any]:
+    """Take these keys out of `values`; an empty list says nothing."""
+    own = {}
+    for key in list(values):
+        if key in keys:
+            own[key] = values.pop(key)
     return {key: value for key, value in own.items() if value != ()}
 
 
-def _read_tier(reader: IniReader, name: str) -> Optional[Tier]:
-    """The tier of a section; None for one that says nothing."""
+def _read_tier(reader: IniReader, name: str) -> Tier:
+    """The tier of a section."""
     written = {line.key: line.value for line in reader.keys_of(name)}
-    if not written:
-        return None
     values = reader.values_of(name, TIER_OPTIONS)
-    values["server"] = tuple(_pop_server_values(values).items())
-    prices = {word: values.pop(key) for key, word in PRICE_KEYS.items() if key in values}
-    values["prices"] = tuple(prices.items())
-    values["settled"] = tuple(key for key in ("tool_call", "reasoning") if written.get(key))
-    values["rope_scale"], values["rope_orig_ctx"] = values.pop("rope_scaling", (0.0, 0))
+    server = _pop_values(values, TIER_SERVER_OPTIONS)
+    prices = _pop_values(values, PRICE_KEYS)
+    scale, orig_ctx = values.pop("rope_scaling", (0.0, 0))
     role = values.get("role", "")
-    implied = {
+    # What a section leaves out follows from its role, and from what else it says.
+    settings = {
         "aliases": ROLE_ALIASES.get(role, ()),
         "ttl": ROLE_TTL_S.get(role, 1200),
         "description": name,
         "backend": _implied_backend(values, written),
+        "settled": tuple(key for key in PROBED_KEYS if written.get(key)),
+        "server": tuple(server.items()),
+        "prices": tuple((PRICE_KEYS[key], price) for key, price in prices.items()),
+        "rope_scale": scale,
+        "rope_orig_ctx": orig_ctx,
+        **values,
     }
-    tier = Tier(name, **{**implied, **values})
+    tier = Tier(name, **settings)
     _check_host(reader, tier)
     _check_model(reader, tier, written)
     return tier
@@ -2245,9 +2309,14 @@ def _check_names(reader: IniReader, tiers: Sequence[Tier]) -> None:
             reader.wrong_key(name, "", f"[{name}] is a reserved name")
         elif not _NAME.match(name):
             reader.wrong_key(name, "", f"[{name}] is not a name a model can have")
+        if not role:
+            continue
+        at = reader.line_of(name, "role")
         owner = roles.setdefault(role, name)
-        if role and owner != name:
-            reader.wrong_key(name, "role", f"role {role} belongs to [{owner}] already")
+        if owner != name:
+            reader.wrong(at, f"role {role} belongs to [{owner}] already")
+        if role not in KNOWN_ROLES:
+            reader.warn(at, f"role {role} is none that auto or the agents know", role, KNOWN_ROLES)
 
 
 def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple[str, ...]:
@@ -2261,29 +2330,29 @@ def _own_aliases(reader: IniReader, tier: Tier, owners: Dict[str, str]) -> Tuple
         # A pattern leads elsewhere only where no name does, see _alias_patterns.
         if _WILDCARD.search(alias):
             continue
-        owner = owners.get(alias, tier.name)
         if alias.lower() in RESERVED_NAMES or is_auto(alias):
             reader.wrong(at, f"alias {alias} is a reserved name")
         elif alias not in owners:
             owners[alias] = tier.name
             aliases.append(alias)
-        elif owner != tier.name and at:
-            reader.wrong(at, f"alias {alias} belongs to [{owner}] already")
+        elif at and owners[alias] != tier.name:
+            reader.wrong(at, f"alias {alias} belongs to [{owners[alias]}] already")
     return tuple(aliases)
 
 
 def _with_own_aliases(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tier, ...]:
     """The tiers, each name of which leads to one of them."""
     owners = {tier.name: tier.name for tier in tiers}
-    aliases: Dict[str, Tuple[str, ...]] = {}
 
     def is_implied(tier: Tier) -> bool:
         return not reader.line_of(tier.name, "aliases")
 
+    named = {}
     # The written ones first: those that come with a role give way to them.
     for tier in sorted(tiers, key=is_implied):
-        aliases[tier.name] = _own_aliases(reader, tier, owners)
-    return tuple(tier._replace(aliases=aliases[tier.name]) for tier in tiers)
+        aliases = _own_aliases(reader, tier, owners)
+        named[tier.name] = tier._replace(aliases=aliases)
+    return tuple(named[tier.name] for tier in tiers)
 
 
 def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str, str], ...]:
@@ -2296,12 +2365,15 @@ def _alias_patterns(reader: IniReader, tiers: Sequence[Tier]) -> Tuple[Tuple[str
             patterns.append((alias.lower(), tier.name))
     if "ALIASES" not in reader.sections:
         return (*patterns, *DEFAULT_ALIASES)
-    for number, _, pattern, target in reader.keys_of("ALIASES"):
+    for line in reader.keys_of("ALIASES"):
+        pattern, target = line.key, line.value
         if not _ALIAS.match(pattern):
-            reader.wrong(number, f"{pattern} is no name and no pattern of names, such as gpt-*")
+            what = f"{pattern} is no name and no pattern of names, such as gpt-*"
+            reader.wrong(line.number, what)
         elif target not in known:
             near = _did_you_mean(target, known)
-            reader.wrong(number, f"{target or 'nothing'} is no tier, no role and not auto{near}")
+            what = f"{target or 'nothing'} is no tier, no role and not auto{near}"
+            reader.wrong(line.number, what)
         patterns.append((pattern, target))
     return tuple(patterns)
 
@@ -2323,7 +2395,8 @@ def _check_readable(text: str, source: str) -> None:
         found = pattern.search(text)
         if found:
             line = text.count("\n", 0, found.start()) + 1
-            raise ConfigError([f"{source}:{line}: {what.format(found.group())}"])
+            what = what.format(found.group())
+            raise ConfigError([f"{source}:{line}: {what}"])
 
 
 def _check_ports(reader: IniReader, config: Config) -> None:
@@ -2353,12 +2426,30 @@ def _check_cache(reader: IniReader, config: Config) -> None:
 
 
 def _read_routing(reader: IniReader) -> Routing:
-    routing = Routing(**reader.values_of("ROUTING", ROUTING_OPTIONS))
-    high, mid = routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling
+    values = reader.values_of("ROUTING", ROUTING_OPTIONS)
+    routing = Routing(**values)
+    high = routing.high_fidelity_ceiling
+    mid = routing.mid_fidelity_ceiling
     if high > mid:
         at = reader.line_of("ROUTING", "high_fidelity_ceiling") or reader.line_of("ROUTING")
         reader.wrong(at, f"high_fidelity_ceiling {high:,} is above mid_fidelity_ceiling {mid:,}")
     return routing
+
+
+# The sections that are no tiers.
+_OTHER_SECTIONS = ("DEFAULT", "ROUTING", "ALIASES")
+
+
+def _tier_sections(reader: IniReader) -> List[str]:
+    """The names of all tiers. Errors: ConfigError where there are too many."""
+    sections = [name for name in reader.sections if name not in _OTHER_SECTIONS]
+    # Another machine's file may be made to be slow.
+    if len(sections) > MAX_INI_SECTIONS:
+        line = reader.line_of(sections[MAX_INI_SECTIONS])
+        what = f"there are more than {MAX_INI_SECTIONS:,} sections"
+        raise ConfigError([f"{reader.source}:{line}: {what}"])
+    # A section without a key says nothing, so it is no tier.
+    return [name for name in sections if reader.keys_of(name)]
 
 
 def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tuple[str, ...]]:
@@ -2367,18 +2458,12 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     Strict and kind: every problem of the file at once, each as `source:LINE: what`.
     Errors: ConfigError.
     """
-    text = text[1:] if text.startswith("\ufeff") else text
     _check_readable(text, source)
     reader = IniReader(text, source)
-    sections = [name for name in reader.sections if name not in ("DEFAULT", "ROUTING", "ALIASES")]
-    # Another machine's file may be made to be slow.
-    if len(sections) > MAX_INI_SECTIONS:
-        line = reader.line_of(sections[MAX_INI_SECTIONS])
-        raise ConfigError([f"{source}:{line}: there are more than {MAX_INI_SECTIONS:,} sections"])
     values = reader.values_of("DEFAULT", DEFAULT_OPTIONS)
-    settings = _pop_server_values(values)
+    settings = _pop_values(values, SERVER_OPTIONS)
     values["routing"] = _read_routing(reader)
-    tiers = list(filter(None, (_read_tier(reader, name) for name in sections)))
+    tiers = [_read_tier(reader, name) for name in _tier_sections(reader)]
     _check_names(reader, tiers)
     values["tiers"] = _with_own_aliases(reader, tiers)
     values["aliases"] = _alias_patterns(reader, tiers)
@@ -2390,13 +2475,18 @@ def parse_models_ini(text: str, source: str = "models.ini") -> Tuple[Config, Tup
     return config, tuple(reader.warnings)
 
 
+# ---- what needs trust
+
+
 def _effect_text(option: Option, value: Any) -> str:
     """A value as models.ini would have it."""
     if value is True:
         return "yes"
     if not isinstance(value, tuple):
         return str(value)
-    between = " " if option.kind == "args" else ", "
+    between = ", "
+    if option.kind == "args":
+        between = " "
     return between.join(map(str, value))
 
 
@@ -2411,7 +2501,8 @@ def _effects(prefix: str, record: Any, default: Any,
 
     A field with two keys, as host and router_host are, is shown by its first.
     """
-    own, usual = _values_of(record), _values_of(default)
+    own = _values_of(record)
+    usual = _values_of(default)
     found: Dict[str, Tuple[str, str]] = {}
     for key, option in options.items():
         field = option.field or key
@@ -2441,9 +2532,9 @@ def decode_models_ini(data: bytes, source: str = "models.ini") -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         # The codec counts from behind the BOM, and so does its object.
-        rest = exc.object
-        line = rest.count(b"\n", 0, exc.start) + 1
-        what = f"byte 0x{rest[exc.start]:02x} is not UTF-8; save the file as UTF-8"
+        rest, start = exc.object, exc.start
+        line = rest.count(b"\n", 0, start) + 1
+        what = f"byte 0x{rest[start]:02x} is not UTF-8; save the file as UTF-8"
         raise ConfigError([f"{source}:{line}: {what}"]) from None
 
 
@@ -2474,14 +2565,16 @@ def local_tiers(config: Config) -> List[Tier]:
 
 def weights_for(tier: Tier) -> Weights:
     """The GGUF that a local tier runs on its channel."""
+    weights = Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
     if tier.channel != "next" or tier.backend != "gguf":
-        return Weights(tier.hf_repo, tier.hf_file, tier.path, tier.size_gb, tier.quant, "current")
+        return weights
+    # What an upgrade does not say is as it was, but for a path, which it replaces.
     return Weights(
-        tier.hf_repo_next or tier.hf_repo,
-        tier.hf_file_next or tier.hf_file,
+        tier.hf_repo_next or weights.repo,
+        tier.hf_file_next or weights.file,
         "",
-        tier.size_gb_next or tier.size_gb,
-        tier.quant_next or tier.quant,
+        tier.size_gb_next or weights.size_gb,
+        tier.quant_next or weights.quant,
         "next")
 
 
@@ -2507,16 +2600,13 @@ ANY_PROJECTOR = "mmproj*.gguf"
 _PROJECTOR = re.compile(r"mmproj[^/]*\.gguf\Z", re.IGNORECASE)
 
 
-def _projector_rank(file: str) -> Tuple[bool, str]:
-    """What projectors sort by: F16 first, which BF16 is not, then their names."""
-    name = file.upper()
-    is_f16 = "-F16" in name and "BF16" not in name
-    return not is_f16, file
-
-
 def choose_projector(files: Iterable[str]) -> str:
     """The projector among a repository's files, "" for none; F16 before others."""
-    return min(filter(_PROJECTOR.match, files), key=_projector_rank, default="")
+    names = sorted(filter(_PROJECTOR.match, files))
+    for name in names:
+        if "-F16" in name.upper():
+            return name
+    return "".join(names[:1])
 
 
 def hub_files(tier: Tier) -> List[Tuple[str, str]]:
@@ -2524,18 +2614,22 @@ def hub_files(tier: Tier) -> List[Tuple[str, str]]:
 
     A file may be ANY_PROJECTOR.
     """
-    found: List[Tuple[str, str]] = []
+    values: List[str] = []
 
-    def note(value: str) -> str:
+    def collect(value: str) -> str:
+        values.append(value)
+        return value
+
+    with_files(tier, collect)
+    found = []
+    own_repo = weights_for(tier).repo
+    for value in values:
         repo, _, file = value.partition(":")
         if _HUB_REFERENCE.match(value):
             found.append((repo, file))
-        elif value == "auto":
-            found.append((weights_for(tier).repo, ANY_PROJECTOR))
-        return value
-
-    with_files(tier, note)
-    return [(repo, file) for repo, file in found if repo]
+        elif value == "auto" and own_repo:
+            found.append((own_repo, ANY_PROJECTOR))
+    return found
 
 
 # ---- flags of llama-server
@@ -2557,19 +2651,17 @@ def _option_flags(key: str, value: Any) -> List[Flag]:
     option = TIER_SERVER_OPTIONS[key]
     if option.kind == "args":
         return group_args(value)
-    if not option.flags:
-        return []
-    if option.kind == "bool":
-        # A switch that is on by default has a second name for off; others are off unsaid.
-        for flag in option.flags:
-            if flag.startswith("--no-") != value:
-                return [(flag,)]
-        return []
     if option.kind == "files":
         value = ",".join(value)
     elif option.kind == "number":
         value = _number(value)
-    return [(option.flags[0], str(value))]
+    for flag in option.flags:
+        if option.kind != "bool":
+            return [(flag, str(value))]
+        # A switch that is on by default has a second name for off; others are off unsaid.
+        if flag.startswith("--no-") != value:
+            return [(flag,)]
+    return []
 
 
 def tier_config(config: Config, tier: Tier) -> Config:
@@ -2598,6 +2690,7 @@ def common_flags(config: Config) -> List[Flag]:
 
 def _speculation_flags(settings: Mapping[str, Any]) -> List[Flag]:
     asked = settings.get("speculative", "auto")
+    # Who names a draft wants it used.
     if asked == "auto" and "draft" in settings:
         asked = "draft"
     if asked in _SPEC_TYPES:
@@ -2612,19 +2705,12 @@ def reading_ubatch(tier: Tier) -> int:
     return min(tier.ctx_size, 2048)
 
 
-def _role_flags(tier: Tier) -> List[Flag]:
-    """What a tier that embeds or ranks is told."""
-    if tier.role not in _ROLE_FLAGS:
-        return []
-    flags: List[Flag] = [(_ROLE_FLAGS[tier.role],)]
-    if reading_ubatch(tier):
-        flags.append(("--ubatch-size", str(reading_ubatch(tier))))
-    return flags
-
-
 def tier_flags(tier: Tier) -> List[Flag]:
     """Flags of one tier besides its weights: name, context, YaRN, sampler, its model's own."""
-    flags: List[Flag] = [("--alias", tier.name), ("-c", str(tier.ctx_size))]
+    flags: List[Flag] = [
+        ("--alias", tier.name),
+        ("-c", str(tier.ctx_size)),
+    ]
     if tier.rope_scale:
         flags += [
             ("--rope-scaling", "yarn"),
@@ -2636,16 +2722,23 @@ def tier_flags(tier: Tier) -> List[Flag]:
     if tier.ctx_checkpoints >= 0:
         flags.append(("--ctx-checkpoints", str(tier.ctx_checkpoints)))
     for key, value in tier.sampler:
-        flags.append((SAMPLER_OPTIONS[key].flags[0], _number(value)))
-    flags += _role_flags(tier)
+        option = SAMPLER_OPTIONS[key]
+        flags.append((option.flags[0], _number(value)))
     settings = tier.settings
-    settings.pop("speculative", None)           # see _speculation_flags
-    if tier.role in _ROLE_FLAGS:                # which says that it embeds
+    # A tier that embeds or ranks does so by its role, whatever `embedding` says.
+    if tier.role in _ROLE_FLAGS:
+        flags.append((_ROLE_FLAGS[tier.role],))
         settings.pop("embedding", None)
+    ubatch = reading_ubatch(tier)
+    if ubatch:
+        flags.append(("--ubatch-size", str(ubatch)))
+    # What `speculative` asks for is no value of the flag's: _speculation_flags has it.
+    speculation = _speculation_flags(settings)
+    settings.pop("speculative", None)
     for key in MODEL_OPTIONS:
         if key in settings:
             flags += _option_flags(key, settings[key])
-    return [*flags, *_speculation_flags(tier.settings)]
+    return [*flags, *speculation]
 
 
 def all_flags(tier: Tier, config: Config) -> List[Flag]:
@@ -2673,15 +2766,15 @@ def accepted_flags(flags: Iterable[Flag], refused: FrozenSet[str]) -> List[Flag]
 def refused_settings(config: Config, refused: FrozenSet[str]) -> List[str]:
     """What to say of keys of models.ini that count nothing: a llama-server refuses their flags."""
     lost = refused - FLAG_REPLACEMENTS.keys()
-    said: Dict[str, None] = {}
+    lines = []
     for tier in local_tiers(config):
         settings = {**config.settings, **tier.settings}
         for key, value in settings.items():
             refused_flags = [flag for flag in _option_flags(key, value) if flag[0] in lost]
             for flag in refused_flags:
                 what = " ".join(flag)
-                said[f"[{tier.name}] {key}: this llama-server refuses {what}"] = None
-    return list(said)
+                lines.append(f"[{tier.name}] {key}: this llama-server refuses {what}")
+    return list(dict.fromkeys(lines))           # args may say the same flag twice
 
 
 def settings_words(config: Config, tier: Tier) -> str:
@@ -2691,11 +2784,12 @@ def settings_words(config: Config, tier: Tier) -> str:
     for key, value in settings.items():
         if (key, value) in DEFAULT_SERVER:
             continue
-        parts = value if isinstance(value, tuple) else (value,)
-        values = [str(part) for part in parts]
+        values = [str(value)]
+        if isinstance(value, tuple):
+            values = list(value)
         if key in FILE_KEYS:
             # A status line has room for a file's name, not for its path.
-            values = [re.split(r"[/\\:]", name)[-1] for name in values]
+            values = [re.sub(r".*[/\\:]", "", name) for name in values]
         words.append(" ".join([key, *values]))
     return ", ".join(words)
 
@@ -2734,10 +2828,10 @@ def needs_together(needs: Iterable[Needs]) -> Needs:
 
 def gb_words(needs: Needs) -> str:
     """`5.3 GB`, or what it is of each memory: `5.3 + 2.1 GB and 1.0 of the host's`."""
-    words = [f"{need_gb:.1f}" for need_gb in needs]
-    if len(words) < 2:
-        return f"{words[0]} GB"
-    return f"{' + '.join(words[:-1])} GB and {words[-1]} of the host's"
+    *cards, host = [f"{need_gb:.1f}" for need_gb in needs]
+    if not cards:
+        return f"{host} GB"
+    return f"{' + '.join(cards)} GB and {host} of the host's"
 
 
 def fits_together(needs: Iterable[Needs], budgets_gb: Needs) -> bool:
@@ -2752,12 +2846,14 @@ MOST_GROWN = 24                                 # tiers
 def _filled(base: Sequence[str], others: Iterable[str], need_gb: Mapping[str, Needs],
             budgets_gb: Needs) -> FrozenSet[str]:
     """A set with those of the others that fit beside it, the first come first."""
-    members = list(base)
+    members = set(base)
     taken = needs_together(need_gb[name] for name in base)
     for name in others:
-        if name not in members and fits_together([taken, need_gb[name]], budgets_gb):
-            members.append(name)
-            taken = needs_together([taken, need_gb[name]])
+        # One that does not fit is passed by: a smaller one behind it may.
+        more = needs_together([taken, need_gb[name]])
+        if name not in members and fits_together([more], budgets_gb):
+            members.add(name)
+            taken = more
     return frozenset(members)
 
 
@@ -2772,16 +2868,15 @@ def _grown(bases: Sequence[Tuple[str, ...]], names: Sequence[str], need_gb: Mapp
     growing = [base for base in bases if set(base) <= set(known)]
     if len(names) > MOST_GROWN:                 # it takes the cube of their number
         growing = growing[:1]
-    found: Dict[FrozenSet[str], None] = {}
+    found = [frozenset(base) for base in bases]
     for base in growing:
         for first in known:
-            if first not in base:
-                found[_filled(base, [first, *known], need_gb, budgets_gb)] = None
+            members = _filled(base, [first, *known], need_gb, budgets_gb)
+            if members not in found:
+                found.append(members)
     kept = []
-    for members in found:
-        in_a_base = any(members <= set(base) for base in bases)
-        in_another = any(members < other for other in found)
-        if not (in_a_base or in_another):
+    for members in found[len(bases):]:
+        if not any(members < other for other in found):
             kept.append(tuple(name for name in names if name in members))
     return kept
 
@@ -2794,17 +2889,44 @@ def _set_prefix(number: int, count: int) -> str:
     return letters + "_"
 
 
-def _labelled_sets(local: Sequence[Tier]) -> List[Tuple[str, Tuple[str, ...]]]:
+LabelledSets = List[Tuple[str, Tuple[str, ...]]]
+
+
+def _labelled_sets(local: Sequence[Tier]) -> LabelledSets:
     """(label, tiers) of the sets for a machine on which all of them fit."""
     fast = [tier.name for tier in local if tier.role == "fast"]
-    heavy = [tier for tier in local if tier.role != "fast" and tier.chats]
-    groups = [(tier.role or tier.name, (*fast, tier.name)) for tier in heavy]
-    if fast and not heavy:
-        groups = [("fast", tuple(fast))]
-    chats = [tier.name for tier in heavy if tier.role.startswith("plan")]
+    groups, chats = [], []
+    for tier in local:
+        if tier.role == "fast" or not tier.chats:
+            continue
+        groups.append((tier.role or tier.name, (*fast, tier.name)))
+        if tier.role.startswith("plan"):
+            chats.append(tier.name)
+    if fast and not groups:
+        groups.append(("fast", tuple(fast)))
     if len(chats) > 1:
         groups.append(("chats", (*fast, *chats)))
     return groups
+
+
+def _sets_in_memory(sets: LabelledSets, local: Sequence[Tier], need_gb: Mapping[str, Needs],
+                    budgets_gb: Needs) -> LabelledSets:
+    """Those of the sets that fit, each tier that is in none of them, and what fits beside."""
+    kept = []
+    placed: Set[str] = set()
+    for label, tiers in sets:
+        needs = [need_gb.get(name, ()) for name in tiers]
+        if fits_together(needs, budgets_gb):
+            kept.append((label, tiers))
+            placed.update(tiers)
+    for tier in local:
+        if tier.name not in placed:
+            kept.append((tier.role or tier.name, (tier.name,)))
+    bases = [tiers for _, tiers in kept]
+    names = [tier.name for tier in local]
+    for tiers in _grown(bases, names, need_gb, budgets_gb):
+        kept.append(("more", tiers))
+    return kept
 
 
 def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None,
@@ -2818,17 +2940,10 @@ def residency_sets(config: Config, need_gb: Optional[Mapping[str, Needs]] = None
     local = local_tiers(config)
     groups = _labelled_sets(local)
     if need_gb is not None:
-        groups = [(label, tiers) for label, tiers in groups
-                  if fits_together([need_gb.get(name, ()) for name in tiers], budgets_gb)]
-        together = {name for _, tiers in groups for name in tiers}
-        for tier in local:
-            if tier.name not in together:
-                groups.append((tier.role or tier.name, (tier.name,)))
-        bases = [tiers for _, tiers in groups]
-        grown = _grown(bases, [tier.name for tier in local], need_gb, budgets_gb)
-        groups += [("more", tiers) for tiers in grown]
+        groups = _sets_in_memory(groups, local, need_gb, budgets_gb)
     sets = []
     for number, (label, tiers) in enumerate(groups):
+        # Of sets that are as good the first counts, and llama-swap goes by their names.
         prefix = _set_prefix(number, len(groups))
         name = prefix + re.sub(r"\W", "_", label)
         sets.append(ResidencySet(name, tiers))
@@ -2854,13 +2969,14 @@ def choose_evictions(target: str, running: Sequence[str], sets: Sequence[Residen
     """
     if target in running:
         return []
+    def cost(gone: Sequence[str]) -> float:
+        return sum(costs.get(name, 1) for name in gone)
+
     choices = []
     for group in sets:
         if target in group.tiers:
             choices.append([name for name in running if name not in group.tiers])
-    if not choices:
-        return list(running)
-    return min(choices, key=lambda gone: sum(costs.get(name, 1) for name in gone))
+    return min(choices, key=cost, default=list(running))
 
 
 def tier_cost(tier: Tier, weights_gb: float) -> int:
@@ -2900,12 +3016,10 @@ _YAML_PLAIN = re.compile(
 
 
 def _yaml_text(value: str) -> str:
-    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares.
-
-    llama-swap puts macros in everywhere, ${env.X} too.
-    """
+    """A YAML scalar: plain where that is safe, else in JSON's double quotes, which YAML shares."""
     if _YAML_PLAIN.match(value):
         return value
+    # llama-swap puts macros in everywhere, ${env.X} too.
     return _yaml_quoted(value.replace("${", "$ {"))
 
 
@@ -2921,7 +3035,8 @@ def posix_quote(word: str) -> str:
 
 def windows_quote(word: str) -> str:
     if '"' in word:
-        word = re.sub(r'(\\*)"', r'\1\1\\"', word)    # backslashes before a quote are doubled
+        # As Windows reads it, a quote takes the backslashes before it by pairs.
+        word = re.sub(r'(\\*)"', r'\1\1\\"', word)
     elif " " not in word:
         return word
     return f'"{word}"'
@@ -2991,6 +3106,17 @@ _SWAP_MODEL = """
     concurrencyLimit: 512         # 0 would mean 10, then a surprise 429
 """
 
+# What llama-swap hands on in its own list of models.
+_SWAP_METADATA = """\
+    metadata:
+      tier: {tier}
+      role: {role}
+      ctx_size: {ctx_size}
+      size_gb: {weights.size_gb}
+      quant: {quant}
+      channel: {weights.channel}
+"""
+
 _SWAP_PROXY = """
   {name}:
     description: {description}
@@ -3037,85 +3163,96 @@ def _swap_command(plan: SwapPlan, tier: Tier) -> List[str]:
 
 
 def _swap_model(plan: SwapPlan, tier: Tier) -> str:
-    command = [f"      {line}" for line in _swap_command(plan, tier)]
+    lines = [f"      {line}" for line in _swap_command(plan, tier)]
     text = _SWAP_MODEL.format(
-        name=_yaml_text(tier.name), description=_yaml_text(tier.description), ttl=tier.ttl,
-        command="\n".join(command))
+        name=_yaml_text(tier.name),
+        description=_yaml_text(tier.description),
+        ttl=tier.ttl,
+        command="\n".join(lines))
     if plan.park:
         park = plan.words(plan.park) + " ${MODEL_ID} ${PID}"
         text += f"    cmdStop: {_yaml_quoted(park)}\n"
     if tier.aliases:
         text += f"    aliases: {_yaml_list(tier.aliases)}\n"
     weights = weights_for(tier)
-    return text + f"""\
-    metadata:
-      tier: {_yaml_text(tier.tier or tier.role)}
-      role: {_yaml_text(tier.role)}
-      ctx_size: {tier.ctx_size}
-      size_gb: {weights.size_gb}
-      quant: {_yaml_text(weights.quant)}
-      channel: {weights.channel}
-"""
+    return text + _SWAP_METADATA.format(
+        tier=_yaml_text(tier.tier or tier.role),
+        role=_yaml_text(tier.role),
+        ctx_size=tier.ctx_size,
+        weights=weights,
+        quant=_yaml_text(weights.quant))
 
 
 def _swap_proxy(plan: SwapPlan, proxy: ProxyPlan) -> str:
+    tier = proxy.tier
     return _SWAP_PROXY.format(
-        name=proxy.tier.name, description=_yaml_text(proxy.tier.description),
-        command=plan.words(proxy.command), port=proxy.port, health=proxy.health,
-        aliases=_yaml_list(proxy.tier.aliases))
+        name=tier.name,
+        description=_yaml_text(tier.description),
+        command=plan.words(proxy.command),
+        port=proxy.port,
+        health=proxy.health,
+        aliases=_yaml_list(tier.aliases))
 
 
 def _left_out(plan: SwapPlan, sets: Sequence[ResidencySet]) -> str:
     """Comments on the sets that would be there if memory were no object."""
     if plan.need_gb is None:
         return ""
-    text, kept = "", [group.tiers for group in sets]
+    text = ""
+    kept = [group.tiers for group in sets]
+    room = gb_words(plan.budgets_gb)
     for _, tiers in _labelled_sets(local_tiers(plan.config)):
-        if tiers not in kept:
-            taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
-            text += (f"    # left out: {' + '.join(tiers)} would take ~{gb_words(taken)},"
-                     f" and there are {gb_words(plan.budgets_gb)}\n")
+        if tiers in kept:
+            continue
+        taken = needs_together(plan.need_gb.get(name, ()) for name in tiers)
+        together = " + ".join(tiers)
+        text += (f"    # left out: {together} would take ~{gb_words(taken)},"
+                 f" and there are {room}\n")
     return text
 
 
+_SWAP_MATRIX = """
+# What may be loaded together; the cheapest way to make room wins, the first of equals.
+matrix:
+  vars:
+{names}\
+  evict_costs:
+{costs}\
+  sets:
+{groups}\
+"""
 _SET_LETTERS = {"fast": "f", "agent": "c", "plan": "p", "plan-uncensored": "u"}
 
 
 def _swap_matrix(plan: SwapPlan) -> str:
     """Which models may be loaded together. The proxy is in every set: else it would run alone."""
     keys = {}                                   # model -> its short name in the sets
-    costs = {}
+    names = costs = ""
     for number, tier in enumerate(local_tiers(plan.config)):
         weights_gb = plan.weights_gb.get(tier.name, 0.0)
-        keys[tier.name] = _SET_LETTERS.get(tier.role, f"x{number}")
-        costs[tier.name] = tier_cost(tier, weights_gb)
-    everywhere: Tuple[str, ...] = ()
+        key = _SET_LETTERS.get(tier.role, f"x{number}")
+        keys[tier.name] = key
+        names += f"    {key}: {_yaml_text(tier.name)}\n"
+        costs += f"    {key}: {tier_cost(tier, weights_gb)}\n"
+    everywhere = ""
     if plan.proxy:
-        everywhere = (PROXY,)
-        keys[PROXY] = "l"
-        costs[PROXY] = MOST_EVICT_COST
-    text = """
-# What may be loaded together; the cheapest way to make room wins, the first of equals.
-matrix:
-  vars:
-"""
-    for name, key in keys.items():
-        text += f"    {key}: {_yaml_text(name)}\n"
-    text += "  evict_costs:\n"
-    for name, cost in costs.items():
-        text += f"    {keys[name]}: {cost}\n"
-    text += "  sets:\n"
+        everywhere = " & l"
+        names += f"    l: {PROXY}\n"
+        costs += f"    l: {MOST_EVICT_COST}\n"
     sets = residency_sets(plan.config, plan.need_gb, plan.budgets_gb)
-    text += _left_out(plan, sets)
-    for group in sets or [ResidencySet("a_hosted", ())]:
-        members = [keys[name] for name in group.tiers + everywhere]
-        text += f'    {group.name}: "{" & ".join(members)}"\n'
-    return text
+    groups = _left_out(plan, sets)
+    for group in sets:
+        members = " & ".join(keys[name] for name in group.tiers)
+        groups += f'    {group.name}: "{members}{everywhere}"\n'
+    if not sets:
+        groups += '    a_hosted: "l"\n'
+    return _SWAP_MATRIX.format(names=names, costs=costs, groups=groups)
 
 
 def render_llama_swap_yaml(plan: SwapPlan) -> str:
     """The configuration of llama-swap v250 and newer."""
-    local, proxy = local_tiers(plan.config), plan.proxy
+    local = local_tiers(plan.config)
+    proxy = plan.proxy
     text = _SWAP_HEAD.format(
         channel=plan.config.channel, timeout_s=LOAD_TIMEOUT_S, first_port=plan.first_port)
     if not local and not proxy:
@@ -3123,6 +3260,7 @@ def render_llama_swap_yaml(plan: SwapPlan) -> str:
     text += "\nmodels:"
     for tier in local:
         text += _swap_model(plan, tier)
+    # Small, and asked by nearly every session: heavy tiers wait for their first request.
     preload = [tier.name for tier in local if tier.role == "fast"]
     if proxy:
         text += _swap_proxy(plan, proxy)
@@ -3146,6 +3284,7 @@ def hosted_model(tier: Tier) -> str:
 
 def entry_name(tier: Tier) -> str:
     """The name of a LiteLLM tier's entry in the proxy's model_list."""
+    # Both models stand in the list, so a change of channel needs no change of the file.
     if tier.channel == "next":
         return f"{tier.name}_next"
     return tier.name
@@ -3156,26 +3295,30 @@ def missing_credentials(config: Config, env: Mapping[str, str]) -> Dict[str, str
     found = {}
     for tier in config.tiers:
         variable = tier.api_key_env
+        if not variable:
+            continue
         key = env.get(variable, "").strip()
-        if variable and not key:
+        if not key:
             found[tier.name] = f"{variable} is not set"
-        elif variable and not (key.isascii() and key.isprintable()):
+        # It is to stand in a header.
+        elif not (key.isascii() and key.isprintable()):
             found[tier.name] = f"{variable} holds more than printable ASCII"
     return found
 
 
-def check_queued(config: Config, profile: str = "") -> None:
-    """The next channel needs an upgrade to run. `profile`: what the models.ini was made of.
+def check_queued(config: Config, profile: str) -> None:
+    """The next channel needs an upgrade to run.
 
-    Errors: UserError.
+    `profile`: what the models.ini was made of, "" where it does not say. Errors: UserError.
     """
-    if not any(tier.has_next for tier in config.tiers):
-        tier = "no tier"
-        if profile:
-            tier = f"no tier of this models.ini, profile {profile},"
-        raise UserError(f"{tier} has a queued upgrade, so there is no next channel to run",
-                        "add hf_file_next or model_next to a tier of models.ini, or say --current"
-                        " (and unset LLMSTACK_USE_NEXT)", 2)
+    if any(tier.has_next for tier in config.tiers):
+        return
+    none = "no tier"
+    if profile:
+        none = f"no tier of this models.ini, profile {profile},"
+    raise UserError(f"{none} has a queued upgrade, so there is no next channel to run",
+                    "add hf_file_next or model_next to a tier of models.ini, or say --current"
+                    " (and unset LLMSTACK_USE_NEXT)", 2)
 
 
 class Route(NamedTuple):
@@ -3212,22 +3355,24 @@ def plan_route(tier: Tier, config: Config, missing: Mapping[str, str]) -> Route:
     """A tier's route, as far as models.ini knows it. A LiteLLM tier's model is an entry there."""
     if tier.backend == "gguf":
         return Route(tier)
-    # As JSON escapes it, without its quotes: with_model puts those around it.
-    model = json.dumps(hosted_model(tier))[1:-1]
+    model = hosted_model(tier)
     if tier.backend == "litellm":
         model = entry_name(tier)
+    # As JSON escapes it, without its quotes: with_model puts those around it.
+    model = json.dumps(model)[1:-1]
     # A llama-server has its sampler on its command line; a provider is sent it each time.
     sampler = []
     for key, value in tier.sampler:
-        members = _SAMPLER_MEMBERS[key]
-        sampler.append((members, f'"{members[0]}":{_number(value)}'.encode()))
+        names = _SAMPLER_MEMBERS[key]
+        member = f'"{names[0]}":{_number(value)}'
+        sampler.append((names, member.encode()))
+    name = tier.name
     refused = (0, "", "")
     if config.local_only and tier.remote:
-        refused = (403, f"{tier.name} is hosted, and {LOCAL_ONLY}", "forbidden")
-    elif tier.name in missing:
-        what = (f"{tier.name}: {missing[tier.name]} where llmstack was started; export it,"
-                " then `llmstack restart`")
-        refused = (401, what, "authentication_error")
+        refused = (403, f"{name} is hosted, and {LOCAL_ONLY}", "forbidden")
+    elif name in missing:
+        what = f"{missing[name]} where llmstack was started; export it, then `llmstack restart`"
+        refused = (401, f"{name}: {what}", "authentication_error")
     return Route(tier, model, tuple(sampler), refused)
 
 
@@ -3239,9 +3384,11 @@ def route_body(body: bytes, asked: Mapping[str, Any], route: Route, path: str,
     """
     if not name:
         return [body]
-    more: List[bytes] = []
+    more = []
     if path in SAMPLED_PATHS:
-        more = [member for keys, member in route.sampler if asked.keys().isdisjoint(keys)]
+        for keys, member in route.sampler:
+            if asked.keys().isdisjoint(keys):
+                more.append(member)
     return with_model(body, "model" in asked, name, more)
 
 
@@ -3267,10 +3414,11 @@ def with_probes(config: Config, probes: Mapping[str, Mapping[str, Any]]) -> Conf
     tiers = []
     for tier in config.tiers:
         row = probes.get(tier.name, {})
-        for key in ("tool_call", "reasoning"):
+        known = {}
+        for key in PROBED_KEYS:
             if key not in tier.settled and isinstance(row.get(key), bool):
-                tier = tier._replace(**{key: row[key]})
-        tiers.append(tier)
+                known[key] = row[key]
+        tiers.append(tier._replace(**known))
     return config._replace(tiers=tuple(tiers))
 
 
@@ -3301,6 +3449,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
     names, able = [], []
     for tier in config.ladder:
         names.append(tier.name)
+        # What one of them can do, auto can: the ladder passes by those that see no pictures.
         able += capabilities(tier)
         context = max(context, tier.ctx_size)
         output = max(output, tier.max_output_tokens or tier.ctx_size)
@@ -3312,6 +3461,7 @@ def auto_entry(config: Config) -> Dict[str, Any]:
 def tier_entry(tier: Tier) -> Dict[str, Any]:
     """The /v1/models entry of a tier, as far as models.ini knows it."""
     weights = weights_for(tier)
+    # `meta` is where llama-server has what OpenAI's API does not know.
     meta: Dict[str, Any] = {
         "tier": tier.tier or tier.role,
         "role": tier.role,
@@ -3366,8 +3516,10 @@ def list_models(config: Config,
     for tier in config.tiers:
         known.update(tier.names)
     for name, entry in said.items():
+        if name in known:
+            continue
         # LiteLLM's proxy and its _next entries stand in llama-swap's list.
-        if name not in known and PROXY not in json.dumps(entry):
+        if PROXY not in json.dumps(entry):
             listed.append(entry)
     return listed
 
@@ -3388,7 +3540,12 @@ def anthropic_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
 def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
     """The whole list in the shape of Anthropic's API, as one page."""
     data = [anthropic_model(entry) for entry in entries]
-    return {"data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return {
+        "data": data,
+        "has_more": False,
+        "first_id": data[0]["id"],
+        "last_id": data[-1]["id"],
+    }
 
 
 # ==================================================================================================
@@ -3409,6 +3566,7 @@ MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 2
 MAX_GGUF_ENTRIES = 65_536
 MAX_GGUF_QUANTITY = 2 ** 48                     # of anything a header counts
 MAX_MODEL_BYTES = 2 ** 50                       # more than any machine's memory
+CELLS_STEP = 256                                # llama.cpp rounds a cache up to such steps
 SERVER_SLOTS = 4                                # of --parallel auto; they share one cache
 SERVER_UBATCH = 512                             # tokens
 SERVER_BATCH = 2048                             # likewise; no ubatch is larger
@@ -3424,30 +3582,97 @@ MOST_CHECKPOINTS = 32                           # a slot, likewise
 
 # GGML type -> (weights in a block, bytes of a block). Source: ggml.c, type_traits.
 _GGML_SIZES: Dict[int, Tuple[int, int]] = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 16: (256, 66),
-    17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
-    23: (256, 136), 26: (1, 4), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66),
-    39: (32, 17), 40: (64, 36),
+    0: (1, 4),                                  # F32
+    1: (1, 2),                                  # F16
+    2: (32, 18),                                # Q4_0
+    3: (32, 20),                                # Q4_1
+    6: (32, 22),                                # Q5_0
+    7: (32, 24),                                # Q5_1
+    8: (32, 34),                                # Q8_0
+    10: (256, 84),                              # Q2_K
+    11: (256, 110),                             # Q3_K
+    12: (256, 144),                             # Q4_K
+    13: (256, 176),                             # Q5_K
+    14: (256, 210),                             # Q6_K
+    16: (256, 66),                              # IQ2_XXS
+    17: (256, 74),                              # IQ2_XS
+    18: (256, 98),                              # IQ3_XXS
+    19: (256, 50),                              # IQ1_S
+    20: (32, 18),                               # IQ4_NL
+    21: (256, 110),                             # IQ3_S
+    22: (256, 82),                              # IQ2_S
+    23: (256, 136),                             # IQ4_XS
+    26: (1, 4),                                 # I32
+    29: (256, 56),                              # IQ1_M
+    30: (1, 2),                                 # BF16
+    34: (256, 54),                              # TQ1_0
+    35: (256, 66),                              # TQ2_0
+    39: (32, 17),                               # MXFP4
+    40: (64, 36),                               # NVFP4
 }
 _Q6_K = 14
 _FLOATS = ("f32", "f16", "bf16")
-_CACHE_SIZES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6,
+# A cache's type, as its flag names it -> its number above.
+_CACHE_TYPES = {
+    "f32": 0,
+    "f16": 1,
+    "bf16": 30,
+    "q8_0": 8,
+    "q4_0": 2,
+    "q4_1": 3,
+    "iq4_nl": 20,
+    "q5_0": 6,
     "q5_1": 7,
 }
+# What a header's numbers are, as struct names them. Its other values are strings and lists.
 _GGUF_SCALARS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
+    0: "B",                                     # uint8
+    1: "b",                                     # int8
+    2: "H",                                     # uint16
+    3: "h",                                     # int16
+    4: "I",                                     # uint32
+    5: "i",                                     # int32
+    6: "f",                                     # float32
+    7: "?",                                     # bool
+    10: "Q",                                    # uint64
+    11: "q",                                    # int64
+    12: "d",                                    # float64
 }
+_GGUF_STRING = 8
+_GGUF_LIST = 9
 
 # Every n-th layer sees everything, the others a window; minus: the first of n. The files rarely
 # say it themselves.
 _SWA_EVERY = {
-    "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "llama4": 4, "cohere2": 4,
-    "cohere2moe": -4, "olmo2": 4, "exaone4": 4, "exaone-moe": 4, "smallthinker": -4, "afmoe": 4,
-    "plamo3": 8, "mellum": 4, "laguna": -4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "gpt-oss": 2,
+    "llama4": 4,
+    "cohere2": 4,
+    "cohere2moe": -4,
+    "olmo2": 4,
+    "exaone4": 4,
+    "exaone-moe": 4,
+    "smallthinker": -4,
+    "afmoe": 4,
+    "plamo3": 8,
+    "mellum": 4,
+    "laguna": -4,
 }
 _SWA_WINDOW = {"gemma2": 4096, "exaone-moe": 128, "llama4": 8192}       # where the file names none
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _stored_bytes(values: int, kind: int) -> int:
+    """What so many values take in a GGML type; -1 for a type that is not known here."""
+    if kind not in _GGML_SIZES:
+        return -1
+    block, block_bytes = _GGML_SIZES[kind]
+    return values // block * block_bytes
 
 
 class GgufError(ValueError):
@@ -3460,7 +3685,9 @@ class BrokenGgufError(GgufError):
 
 def _quantity(value: object, default: int = 0) -> int:
     """A number of a header as a count; `default` for what is none, negative or endless."""
-    if isinstance(value, (int, float)) and 0 <= value < MAX_GGUF_QUANTITY:
+    if not isinstance(value, (int, float)):
+        return default
+    if 0 <= value < MAX_GGUF_QUANTITY:
         return int(value)
     return default
 
@@ -3471,11 +3698,10 @@ class GgufHeader(NamedTuple):
     arch: str
     keys: Mapping[str, Any]                     # the architecture's, without its name
     vocab: int
-    tensor_bytes: int
-    embd_bytes: int                             # of these, the token embedding
-    tied: bool                                  # it serves as the output matrix, too
-    widest: int                                 # values a token takes in the widest layer
-    parts: int = 1                              # files it is split into
+    tensor_bytes: int = 0
+    embd_bytes: int = 0                         # of these, the token embedding
+    tied: bool = True                           # it serves as the output matrix, too
+    widest: int = 0                             # values a token takes in the widest layer
     end: int = 0                                # where its tensors end: a smaller file is not whole
     tensors: Mapping[str, int] = {}             # name -> bytes
 
@@ -3495,8 +3721,10 @@ class Memory(NamedTuple):
     @property
     def parts(self) -> Dict[str, int]:
         """What it is made of; together, what it takes of cards and host."""
-        places = ("host", "each")
-        return {name: size for name, size in self._asdict().items() if name not in places}
+        sizes = self._asdict()
+        # These two say where the same bytes are.
+        del sizes["host"], sizes["each"]
+        return sizes
 
     @property
     def total(self) -> int:
@@ -3515,10 +3743,12 @@ class Machine(NamedTuple):
 
     @property
     def budgets_gb(self) -> Needs:
-        """The budget of each memory there is. Of several cards each has its part of the sum."""
+        """The budget of each memory there is, the host's last."""
         each: Needs = (self.budget_gb,)
         if len(self.cards) > 1:
-            share = self.budget_gb / max(sum(self.cards), 0.1)
+            # The budget is less than the cards have, and each card gives up the same share.
+            cards_gb = sum(self.cards)
+            share = self.budget_gb / max(cards_gb, 0.1)
             each = tuple(card_gb * share for card_gb in self.cards)
         if self.host_gb:
             each += (self.host_gb,)
@@ -3541,7 +3771,9 @@ def tensor_overrides(settings: Mapping[str, Any]) -> Tuple[Override, ...]:
     found = []
     for key, value in settings.items():
         if key == "override_tensor":
-            found += [Override(*rule.split("=", 1)) for rule in value.split(",")]
+            for rule in value.split(","):
+                pattern, buffer = rule.split("=", 1)
+                found.append(Override(pattern, buffer))
         elif key == "n_cpu_moe" and value:
             layers = "|".join(map(str, range(value)))
             found.append(Override(_EXPERTS % layers, "CPU"))
@@ -3564,32 +3796,40 @@ class LoadOptions(NamedTuple):
     split: Tuple[float, ...] = (1.0,)           # ...and in which proportions
 
 
+_ON_HOST = -1                                   # a place; others are cards
 _NUMBERED = re.compile(r"[A-Za-z]+([0-9]{1,3})\Z")
 
 
-def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
-    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT].
+def _place_named(device: str) -> int:
+    """The card that llama.cpp names CUDA0, ROCm0 or Vulkan0; _ON_HOST for a name of no card."""
+    found = _NUMBERED.match(device)
+    if not found:
+        return _ON_HOST
+    return int(found.group(1))
 
-    llama.cpp numbers them as CUDA0, ROCm1, Vulkan2; a name without a number may be any.
-    """
-    every = tuple(range(len(machine.cards)))
+
+def cards_of(config: Config, machine: Machine) -> Tuple[int, ...]:
+    """Which of the machine's cards a tier's server uses, by the tier's own [DEFAULT]."""
+    every = range(len(machine.cards))
     settings = config.settings
     names = settings.get("device", "").split(",")
-    numbers = [_NUMBERED.match(name) for name in names]
-    chosen = tuple(int(number.group(1)) for number in numbers if number)
-    if len(chosen) < len(names) or not set(chosen) <= set(every):
-        chosen = every
+    chosen = [_place_named(name) for name in names]
+    # A name without a number may be any card; and so may one that this machine lacks.
+    if not set(chosen).issubset(every):
+        chosen = list(every)
     if settings.get("split_mode") == "none":
         first = settings.get("main_gpu", 0)
         chosen = chosen[first:first + 1] or chosen
-    return chosen
+    return tuple(chosen)
 
 
 def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
                 machine: Machine) -> Tuple[float, ...]:
     """The proportions in which llama.cpp splits a model: as told, else by what is free on each."""
-    told = [float(part) for part in settings.get("tensor_split", "0").split(",")]
-    told = (told + [0.0] * len(cards))[:len(cards)]
+    parts = settings.get("tensor_split", "0").split(",")
+    told = [float(part) for part in parts]
+    told += [0.0] * len(cards)                  # cards that it does not name get nothing
+    told = told[:len(cards)]
     if any(told):
         return tuple(told)
     # Full cards count a little, too: proportions of nothing have no sum.
@@ -3597,31 +3837,35 @@ def _split_over(cards: Sequence[int], settings: Mapping[str, Any],
 
 
 def load_options(tier: Tier, config: Config, machine: Machine) -> LoadOptions:
+    """How a tier's server is going to load its model here."""
     own = tier_config(config, tier)
     settings = own.settings
-    cards: Tuple[int, ...] = (0,)
-    split: Tuple[float, ...] = (1.0,)
-    if machine.cards:
-        cards = cards_of(own, machine)
-        split = _split_over(cards, settings, machine)
-    layers, count = settings["n_gpu_layers"], 999           # auto, all, -1
+    layers = settings["n_gpu_layers"]
+    count = 999                                 # auto, all, -1
     if layers.isdigit():
         count = int(layers)
     if not machine.gpu or settings.get("device") == "none":
         count = 0
+    # What embeds or ranks reads a text in one batch, whatever [DEFAULT] says.
     ubatch = reading_ubatch(tier) or settings.get("ubatch", SERVER_UBATCH)
-    return LoadOptions(
+    batch = settings.get("batch", SERVER_BATCH)
+    load = LoadOptions(
         cache_type_k=settings["cache_type_k"],
         cache_type_v=settings["cache_type_v"],
         flash_attn=settings["flash_attn"] != "off",
         gpu_layers=count,
         cuda=machine.cuda and count > 0,
         slots=settings.get("parallel", SERVER_SLOTS),
-        ubatch=min(ubatch, settings.get("batch", SERVER_BATCH)),
+        ubatch=min(ubatch, batch),
         overrides=tensor_overrides(settings),
-        seen=max(len(machine.cards), 1),
+    )
+    if not machine.cards:
+        return load
+    cards = cards_of(own, machine)
+    return load._replace(
+        seen=len(machine.cards),
         cards=cards,
-        split=split,
+        split=_split_over(cards, settings, machine),
     )
 
 
@@ -3633,26 +3877,28 @@ class _Tensor(NamedTuple):
     name: str
     shape: Sequence[int]
 
-    @property
-    def end(self) -> int:
-        return self.offset + max(self.size, 0)
-
 
 class _GgufReader:
     """Reads forward through a header, whatever it says never beyond MAX_GGUF_HEADER_BYTES."""
 
     def __init__(self, read: Callable[[int, int], bytes]) -> None:
         self._read = read
-        self._block, self._start = b"", 0       # what has been read last, and from where
+        self._block = b""                       # what has been read last...
+        self._start = 0                         # ...and from where
         self.at = 0
+
+    def _check(self, count: int, most: int) -> None:
+        if count > most:
+            raise GgufError("has a header beyond any reason")
 
     def _fill(self, count: int) -> int:
         """Have `count` bytes at hand; where in the block they stand."""
         end = self.at + count
         if end > self._start + len(self._block):
-            if end > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
-            self._block = self._read(self.at, max(count, 1 << 18))
+            self._check(end, MAX_GGUF_HEADER_BYTES)
+            # Values are small and many: one read brings thousands of them.
+            wanted = max(count, 1 << 18)
+            self._block = self._read(self.at, wanted)
             self._start = self.at
             if len(self._block) < count:
                 raise BrokenGgufError("ends within its header")
@@ -3664,50 +3910,55 @@ class _GgufReader:
         return self._block[offset:offset + count]
 
     def numbers(self, code: str) -> Tuple[Any, ...]:
-        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        layout = struct.Struct("<" + code)
+        return layout.unpack(self.take(layout.size))
 
     def count(self) -> int:
         """A number of entries that are all to be read."""
         count: int = self.numbers("Q")[0]
-        if count > MAX_GGUF_ENTRIES:
-            raise GgufError("has a header beyond any reason")
+        self._check(count, MAX_GGUF_ENTRIES)
         return count
 
     def string(self) -> str:
-        return self.take(self.numbers("Q")[0]).decode("utf-8", "replace")
+        length, = self.numbers("Q")
+        return self.take(length).decode("utf-8", "replace")
 
     def _skip_strings(self, count: int) -> None:
         # A vocabulary has up to 262,144 of them: their lengths alone are looked at.
-        length = struct.Struct("<Q").unpack_from
+        unpack = struct.Struct("<Q").unpack_from
         while count:
             offset = self._fill(8)
-            while count and offset + 8 <= len(self._block):
-                offset += 8 + length(self._block, offset)[0]
+            last = len(self._block) - 8         # where a length may begin
+            while count and offset <= last:
+                length, = unpack(self._block, offset)
+                offset += 8 + length
                 count -= 1
             self.at = self._start + offset
 
-    def value(self, depth: int = 0) -> Any:
+    def value(self) -> Any:
         """A metadata value; of a list only its length as a range, but for 1,024 numbers at most."""
         kind, = self.numbers("I")
         if kind in _GGUF_SCALARS:
             return self.numbers(_GGUF_SCALARS[kind])[0]
-        if kind == 8:
+        if kind == _GGUF_STRING:
             return self.string()
-        if kind != 9 or depth > 1:
-            raise GgufError(f"has metadata of the unknown type {kind}")
+        if kind == _GGUF_LIST:
+            return self._list()
+        raise GgufError(f"has metadata of the unknown type {kind}")
+
+    def _list(self) -> Sequence[int]:
         kind, count = self.numbers("IQ")
-        code = _GGUF_SCALARS.get(kind, "")
-        # What is one number a layer is short; longer lists are of the vocabulary.
-        if code and count <= 1024:
-            return list(self.numbers(f"{count}{code}"))
-        if code:
-            self.at += count * struct.calcsize(code)
-            if self.at > MAX_GGUF_HEADER_BYTES:
-                raise GgufError("has a header beyond any reason")
-        elif kind == 8:
+        if kind == _GGUF_STRING:
             self._skip_strings(count)
-        else:
+            return range(count)
+        if kind not in _GGUF_SCALARS:
             raise GgufError(f"has a list of the unknown type {kind}")
+        code = _GGUF_SCALARS[kind]
+        # What is one number a layer is short; longer lists are of the vocabulary.
+        if count <= 1024:
+            return list(self.numbers(f"{count}{code}"))
+        self.at += count * struct.calcsize(code)
+        self._check(self.at, MAX_GGUF_HEADER_BYTES)
         return range(count)
 
     def tensor(self) -> _Tensor:
@@ -3715,33 +3966,26 @@ class _GgufReader:
         dimensions, = self.numbers("I")
         if dimensions > 4:
             raise GgufError(f"has a tensor of {dimensions} dimensions")
-        *shape, kind, offset = self.numbers(f"{dimensions}QIQ")
+        shape = self.numbers(f"{dimensions}Q")
+        kind, offset = self.numbers("IQ")
         values = 1
         for length in shape:
             values *= length
-        size = -1
-        if kind in _GGML_SIZES:
-            block, block_bytes = _GGML_SIZES[kind]
-            size = values // block * block_bytes
-        return _Tensor(offset, size, name, shape)
-
-
-def _small(value: object, default: int) -> int:
-    if isinstance(value, int) and 0 < value <= 256:
-        return value
-    return default
+        return _Tensor(offset, _stored_bytes(values, kind), name, shape)
 
 
 def _widest_layer(tensors: Iterable[_Tensor]) -> int:
     """The values that a token takes in the widest matrix of a layer."""
     widths = {"": 0, "ffn_gate": 0, "ffn_up": 0}
     for tensor in tensors:
-        if not tensor.name.startswith("blk.") or len(tensor.shape) != 2:
+        name = tensor.name
+        if not name.startswith("blk.") or len(tensor.shape) != 2:
             continue
-        what = (tensor.name + "..").split(".")[2]
+        what = (name + "..").split(".")[2]      # a hostile file may name one "blk."
         if what not in widths:
             what = ""
-        widths[what] = max(widths[what], tensor.shape[1])
+        width = tensor.shape[1]
+        widths[what] = max(widths[what], width)
     if not widths["ffn_gate"]:                  # one matrix for both (Phi): its rows count twice
         widths["ffn_up"] //= 2
     return max(widths.values())
@@ -3749,22 +3993,46 @@ def _widest_layer(tensors: Iterable[_Tensor]) -> int:
 
 def _with_tensors(header: GgufHeader, reader: _GgufReader, count: int,
                   alignment: int) -> GgufHeader:
+    # A header may list them in any order; their data lies in the order of their offsets.
     tensors = sorted(reader.tensor() for _ in range(count))
-    starts = [tensor.offset for tensor in tensors]
     bytes_of: Dict[str, int] = {}
-    for tensor, following in zip(tensors, [*starts[1:], 0]):
+    end = following = 0                         # both count from behind the header
+    for tensor in reversed(tensors):
         size = tensor.size
         if size < 0:                            # a type not known here: as far as the next tensor
             size = max(0, following - tensor.offset)
         bytes_of[tensor.name] = size
-    data = -(-reader.at // alignment) * alignment
+        end = max(end, tensor.offset + size)
+        following = tensor.offset
+    data = _round_up(reader.at, alignment)
     return header._replace(
         tensor_bytes=sum(bytes_of.values()),
         embd_bytes=bytes_of.get("token_embd.weight", 0),
         tied="output.weight" not in bytes_of,
         widest=_widest_layer(tensors),
-        end=data + max((tensor.end for tensor in tensors), default=0),
-        tensors=bytes_of)
+        end=data + end,
+        tensors=bytes_of,
+    )
+
+
+def _architecture(meta: Mapping[str, Any]) -> str:
+    name = meta.get("general.architecture")
+    if isinstance(name, str):
+        return name
+    # Of a split file only the first part says it.
+    if not meta.get("split.no"):
+        raise GgufError("names no architecture")
+    return "-"
+
+
+def _own_keys(meta: Mapping[str, Any], arch: str) -> Dict[str, Any]:
+    """The numbers and lists of an architecture, by their names within it."""
+    keys = {}
+    for name, value in meta.items():
+        owner, _, key = name.partition(".")
+        if owner == arch and isinstance(value, (int, float, list)):
+            keys[key] = value
+    return keys
 
 
 def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
@@ -3783,7 +4051,8 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         raise GgufError("is written for big-endian machines")
     if version not in (2, 3):
         raise GgufError(f"is of GGUF version {version}, known are 2 and 3")
-    tensors, pairs = reader.count(), reader.count()
+    tensors = reader.count()
+    pairs = reader.count()
     meta: Dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.string()
@@ -3791,64 +4060,61 @@ def parse_gguf_header(read: Callable[[int, int], bytes]) -> GgufHeader:
         # Other text, such as a template or a licence, decides no memory.
         if not isinstance(value, str) or key == "general.architecture":
             meta[key] = value
-    parts = _small(meta.get("split.count"), 1)
-    if not tensors and parts == 1:              # the first of a split may have none
+    parts = _quantity(meta.get("split.count"))
+    if not tensors and parts < 2:               # the first of a split may have none
         raise BrokenGgufError("holds no weights")
-    arch = meta.get("general.architecture")
-    if not isinstance(arch, str):               # of a split only the first part says it
-        if not meta.get("split.no"):
-            raise GgufError("names no architecture")
-        arch = "-"
-    prefix = arch + "."
-    keys = {}
-    for key, value in meta.items():
-        if key.startswith(prefix) and isinstance(value, (int, float, list)):
-            keys[key[len(prefix):]] = value
+    arch = _architecture(meta)
+    keys = _own_keys(meta, arch)
+    words = 0
     tokens = meta.get("tokenizer.ggml.tokens")
-    count = len(tokens) if isinstance(tokens, (list, range)) else 0
-    vocab = _quantity(keys.get("vocab_size", count))
-    header = GgufHeader(arch, keys, vocab, 0, 0, True, 0, parts)
-    alignment = _small(meta.get("general.alignment"), 32)
+    if isinstance(tokens, (list, range)):
+        words = len(tokens)
+    vocab = _quantity(keys.get("vocab_size", words))
+    header = GgufHeader(arch, keys, vocab)
+    alignment = _quantity(meta.get("general.alignment")) or 32
     return _with_tensors(header, reader, tensors, alignment)
 
 
 def merge_headers(first: GgufHeader, others: Iterable[GgufHeader]) -> GgufHeader:
     """The header of a split GGUF from those of its parts."""
-    parts = [first, *others]
-    return first._replace(
-        tensors={name: size for part in parts for name, size in part.tensors.items()},
-        tensor_bytes=sum(p.tensor_bytes for p in parts),
-        embd_bytes=sum(p.embd_bytes for p in parts),
-        tied=all(p.tied for p in parts),
-        widest=max(p.widest for p in parts))
-
-
-def _pad(count: int) -> int:
-    """llama.cpp rounds up to 256 cells."""
-    return -(-count // 256) * 256
+    whole = first
+    for part in others:
+        whole = whole._replace(
+            tensors={**whole.tensors, **part.tensors},
+            tensor_bytes=whole.tensor_bytes + part.tensor_bytes,
+            embd_bytes=whole.embd_bytes + part.embd_bytes,
+            tied=whole.tied and part.tied,
+            widest=max(whole.widest, part.widest),
+        )
+    return whole
 
 
 class _Layers:
     """A header's hyperparameters, read as llama.cpp reads them."""
 
     def __init__(self, header: GgufHeader) -> None:
-        self.keys, self.arch = header.keys, header.arch
+        self.keys = header.keys
+        self.arch = header.arch
+        # The last layers may be those that predict further tokens: they are no part of the model.
         drafting = self.number("nextn_predict_layers")
         self.count = self.number("block_count") - drafting
         if not 0 < self.count <= 1024:
             raise GgufError(f"has {self.count} layers by its header")
-        self.heads = self.each("attention.head_count", [0])
-        self.kv_heads = self.each("attention.head_count_kv", self.heads)
+        heads = self.each("attention.head_count")
+        self.heads = max(heads)
+        self.kv_heads = self.each("attention.head_count_kv", heads)
         self.embd = self.number("embedding_length")
         head_size = 0
-        if self.heads[0]:
-            head_size = self.embd // self.heads[0]
+        if heads[0]:
+            head_size = self.embd // heads[0]
         self.key = self.number("attention.key_length", head_size)
         self.value = self.number("attention.value_length", head_size)
         # Of latent attention (DeepSeek) only the compressed K is kept.
         latent_k = self.number("attention.key_length_mla")
         latent_v = self.number("attention.value_length_mla")
         self.latent = bool(latent_k and latent_v)
+        usual = _SWA_WINDOW.get(self.arch, 0)
+        self.window = self.number("attention.sliding_window", usual)
 
     def number(self, key: str, default: int = 0) -> int:
         return _quantity(self.keys.get(key), default)
@@ -3856,34 +4122,43 @@ class _Layers:
     def each(self, key: str, default: Sequence[int] = (0,)) -> List[int]:
         """A key that is one number, or one a layer."""
         value = self.keys.get(key, default)
-        values = [self.number(key)]
-        if isinstance(value, (list, tuple)):
-            values = [_quantity(v) for v in value] or [0]
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        values = list(map(_quantity, value)) or [0]
         values += values[-1:] * self.count      # the last one stands for those behind it
         return values[:self.count]
 
-    def slides(self) -> Tuple[List[bool], int]:
-        """Which layers keep only a window, and its tokens."""
+    def flags(self, key: str) -> List[bool]:
+        """A key that says yes or no of each layer; [] where the file says nothing."""
+        if not isinstance(self.keys.get(key), list):
+            return []
+        return [bool(value) for value in self.each(key)]
+
+    def slides(self) -> List[bool]:
+        """Which layers keep only a window."""
+        none = [False] * self.count
+        if not self.window:
+            return none
         key = "attention.sliding_window_pattern"
-        window = self.number("attention.sliding_window", _SWA_WINDOW.get(self.arch, 0))
+        said = self.flags(key)
+        if said:
+            return said
         every = _SWA_EVERY.get(self.arch, 0)
         if self.arch == "exaone4" and self.count != 64:         # its 32B slides, its 1.2B does not
             every = 0
-        if window and isinstance(self.keys.get(key), list):
-            return [bool(slides) for slides in self.each(key)], window
-        if not window or not every:
-            return [False] * self.count, 0
+        if not every:
+            return none
         period = self.number(key, abs(every)) or 1
         full = period - 1
         if every < 0:
             full = 0
-        return [layer % period != full for layer in range(self.count)], window
+        return [layer % period != full for layer in range(self.count)]
 
     def recurs(self) -> List[bool]:
         """Which layers carry a state instead of a cache."""
-        key = "attention.recurrent_layers"
-        if isinstance(self.keys.get(key), list):
-            return [bool(recurs) for recurs in self.each(key)]
+        said = self.flags("attention.recurrent_layers")
+        if said:
+            return said
         usual = 0
         if self.arch.startswith(("qwen3next", "qwen35")):
             usual = 4
@@ -3899,8 +4174,11 @@ class _Layers:
             forward = self.each("feed_forward_length")
         return [not heads and not ff for heads, ff in zip(self.kv_heads, forward)]
 
-    def state_floats(self) -> int:
-        """What one layer keeps of a sequence: its convolution's last inputs, and its state."""
+    def _state_floats(self) -> int:
+        """What a layer keeps of a sequence: its convolution's last inputs, and its state.
+
+        Each family has keys of its own for it: RWKV, LFM2, Kimi Linear, and Mamba with its kin.
+        """
         wkv = self.number("wkv.head_size")
         if wkv:
             shifted = self.number("token_shift_count", 2)
@@ -3912,11 +4190,18 @@ class _Layers:
         size = self.number("kda.head_dim")
         if size:
             inputs = 3 * ((conv or 4) - 1)      # of Q, K and V
-            return (inputs + size) * size * max(self.heads)
-        inner, state = self.number("ssm.inner_size"), self.number("ssm.state_size")
+            return (inputs + size) * size * self.heads
+        inner = self.number("ssm.inner_size")
+        state = self.number("ssm.state_size")
         group = self.number("ssm.group_count")
         inputs = max(conv, 1) - 1
-        return inputs * (inner + 2 * group * state) + state * inner
+        width = inner + 2 * group * state
+        return inputs * width + state * inner
+
+    def state_bytes(self) -> List[int]:
+        """What each layer keeps of a sequence besides a cache."""
+        size = self._state_floats() * 4
+        return [size * recurs for recurs in self.recurs()]
 
 
 class _CacheLayer(NamedTuple):
@@ -3925,59 +4210,62 @@ class _CacheLayer(NamedTuple):
     layer: int
     cells: int
     k: int                                      # values
-    v: int
+    v: int                                      # likewise
     slides: bool
 
 
-def _cells(layers: _Layers, ctx_size: int, load: LoadOptions) -> Tuple[int, int]:
-    """Cells of a full layer, and of one that slides. Source: llama-kv-cache-iswa.cpp."""
-    cells = _pad(ctx_size)
-    _, window = layers.slides()
-    sliding = window * load.slots + min(load.ubatch, cells)
-    return cells, _pad(min(cells, sliding))
-
-
 def _cache_layers(layers: _Layers, ctx_size: int, load: LoadOptions) -> List[_CacheLayer]:
-    (slides, _), recurs = layers.slides(), layers.recurs()
-    cells, sliding = _cells(layers, ctx_size, load)
-    kept = layers.count
-    kept -= layers.number("attention.shared_kv_layers")         # the last use the others' cache
+    """The layers that have a cache. Source: llama-kv-cache-iswa.cpp."""
+    slides = layers.slides()
+    recurs = layers.recurs()
+    cells = _round_up(ctx_size, CELLS_STEP)
+    # A window of each slot, and what one computation adds before the old cells are free.
+    windows = layers.window * load.slots
+    sliding = windows + min(load.ubatch, cells)
+    sliding = _round_up(min(cells, sliding), CELLS_STEP)
+    shared = layers.number("attention.shared_kv_layers")        # the last use the others' cache
+    kept = layers.count - shared
     # Of Gemma 3n the first 20 layers have caches, and the others read theirs.
     if layers.arch == "gemma3n":
         kept = min(kept, 20)
+    # A layer has a cache or a state; those of Falcon-H1 have both.
+    has_both = layers.arch == "falcon-h1"
     found = []
     for layer in range(kept):
         heads = layers.kv_heads[layer]
-        # A layer has a cache or a state; those of Falcon-H1 have both.
-        if not heads or (recurs[layer] and layers.arch != "falcon-h1"):
+        if not heads:
+            continue
+        if recurs[layer] and not has_both:
             continue
         held, suffix = cells, ""
         if slides[layer]:
             held, suffix = sliding, "_swa"
-        k = layers.number("attention.key_length" + suffix, layers.key)
-        v = layers.number("attention.value_length" + suffix, layers.value)
-        found.append(_CacheLayer(layer, held, k * heads, v * heads, slides[layer]))
+        key = layers.number("attention.key_length" + suffix, layers.key)
+        value = layers.number("attention.value_length" + suffix, layers.value)
+        found.append(_CacheLayer(
+            layer=layer,
+            cells=held,
+            k=key * heads,
+            v=value * heads,
+            slides=slides[layer],
+        ))
     return found
-
-
-def _row_bytes(values: int, cache_type: str) -> int:
-    block, size = _GGML_SIZES[_CACHE_SIZES[cache_type]]
-    return values // block * size
 
 
 def _cell_bytes(layer: _CacheLayer, layers: _Layers, load: LoadOptions, widest_v: int) -> int:
     """Bytes of one cell; V is padded to `widest_v` where it is kept transposed."""
+    kind = _CACHE_TYPES[load.cache_type_k]
     indexer = layers.number("attention.indexer.key_length")
-    found = _row_bytes(layer.k, load.cache_type_k) + _row_bytes(indexer, load.cache_type_k)
+    keys = _stored_bytes(layer.k, kind) + _stored_bytes(indexer, kind)
     if layers.latent:
-        return found
+        return keys
     v = layer.v
     if not load.flash_attn:
         v = widest_v
-    return found + _row_bytes(v, load.cache_type_v)
+    kind = _CACHE_TYPES[load.cache_type_v]
+    return keys + _stored_bytes(v, kind)
 
 
-_ON_HOST = -1                                   # a place; others are cards
 _LAYER = re.compile(r"blk\.([0-9]{1,4})\.")
 
 
@@ -3986,14 +4274,17 @@ def _layer_places(count: int, load: LoadOptions) -> List[int]:
 
     Source: llama-model.cpp, get_layer_buft_list.
     """
+    # The last layers go to cards, and of the cards each gets a stretch of them.
     on_cards = min(load.gpu_layers, count + 1)
+    on_host = count + 1 - on_cards
+    places = [_ON_HOST] * on_host
     whole = sum(load.split)
-    bounds = [part / whole for part in itertools.accumulate(load.split)]
-    last = len(load.cards) - 1
-    places = [_ON_HOST] * (count + 1 - on_cards)
+    ends = [part / whole for part in itertools.accumulate(load.split)]
+    last = load.cards[-1]
+    cards = [*load.cards, last]                 # rounding may lead beyond the last one's end
     for number in range(on_cards):
-        index = bisect.bisect_right(bounds, number / on_cards)
-        places.append(load.cards[min(index, last)])
+        index = bisect.bisect_right(ends, number / on_cards)
+        places.append(cards[index])
     return places
 
 
@@ -4003,15 +4294,14 @@ class _Placing:
     def __init__(self, count: int, load: LoadOptions) -> None:
         self.layers = _layer_places(count, load)
         self._rules: List[Tuple[Pattern[str], int]] = []
+        last = load.seen - 1
         for rule in load.overrides:
-            number = _NUMBERED.match(rule.buffer)
-            place = _ON_HOST
-            if number:
-                place = min(int(number.group(1)), load.seen - 1)
+            place = min(_place_named(rule.buffer), last)
             try:
-                self._rules.append((re.compile(rule.pattern), place))
+                pattern = re.compile(rule.pattern)
             except re.error:                    # which llama-server says itself
-                pass
+                continue
+            self._rules.append((pattern, place))
 
     def of(self, name: str, otherwise: int) -> int:
         """The place of a tensor, `otherwise` where no override names it."""
@@ -4022,11 +4312,13 @@ class _Placing:
 
     def of_layer(self, name: str) -> int:
         """The place of a tensor of a layer, or of one beside the output."""
+        output = len(self.layers) - 1
+        number = output
         found = _LAYER.match(name)
-        number = output = len(self.layers) - 1
         if found:
-            number = int(found.group(1))
-        return self.of(name, self.layers[min(number, output)])
+            # Layers that predict further tokens are behind all others, with the output.
+            number = min(int(found.group(1)), output)
+        return self.of(name, self.layers[number])
 
 
 def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> int:
@@ -4034,7 +4326,8 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 
     The token embedding is on the host. Where it is the output, too, a card has a second copy.
     """
-    embedding, output = "token_embd.weight", placing.layers[-1]
+    embedding = "token_embd.weight"
+    output = placing.layers[-1]
     weights = header.tensor_bytes
     first = placing.of(embedding, _ON_HOST)
     held[first] += header.embd_bytes
@@ -4058,12 +4351,14 @@ def _placed_weights(header: GgufHeader, placing: _Placing, held: List[int]) -> i
 _PLAIN_LOAD = LoadOptions()
 
 
-def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers,
-                 load: LoadOptions) -> Dict[int, int]:
-    """Layer -> bytes of its KV cache."""
+def _cache_bytes(caches: Sequence[_CacheLayer], layers: _Layers, load: LoadOptions) -> List[int]:
+    """What the KV cache of each layer takes, 0 for one that has none."""
     widest_v = max((cache.v for cache in caches), default=0)
-    return {cache.layer: cache.cells * _cell_bytes(cache, layers, load, widest_v)
-            for cache in caches}
+    sizes = [0] * layers.count
+    for cache in caches:
+        cell = _cell_bytes(cache, layers, load, widest_v)
+        sizes[cache.layer] = cache.cells * cell
+    return sizes
 
 
 def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> int:
@@ -4074,9 +4369,9 @@ def checkpoint_bytes(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLA
     layers = _Layers(header)
     of_one_slot = load._replace(slots=1)
     caches = _cache_layers(layers, ctx_size, of_one_slot)
-    windows = _cache_bytes([cache for cache in caches if cache.slides], layers, load)
-    states = sum(layers.recurs()) * layers.state_floats() * 4
-    return sum(windows.values()) + states
+    sliding = [cache for cache in caches if cache.slides]
+    windows = _cache_bytes(sliding, layers, load)
+    return sum(windows) + sum(layers.state_bytes())
 
 
 def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
@@ -4084,18 +4379,25 @@ def _layer_floats(header: GgufHeader, layers: _Layers, scores: int) -> int:
 
     `scores`: those that each head keeps, without flash attention.
     """
+    embd = layers.embd
+    heads = layers.heads
+    key = layers.key
     experts = max(layers.each("expert_used_count"))
     own_width = layers.each("feed_forward_length")
     width = max(layers.each("expert_feed_forward_length", own_width))
-    embd, heads, key = layers.embd, max(layers.heads), layers.key
-    feed_forward = 3 * max(header.widest, experts * width) + 5 * embd
-    mixing = experts * (2 * embd + width) + embd            # of what the experts say
+    widest = max(header.widest, experts * width)
+    feed_forward = 3 * widest + 5 * embd
+    # What the experts say is mixed.
+    of_each = 2 * embd + width
+    mixing = experts * of_each + embd
     attention = 0
     if scores:
-        kv_heads = max(layers.kv_heads)
-        attention = heads * scores + 4 * embd + 2 * key * (heads + kv_heads)
+        all_heads = heads + max(layers.kv_heads)
+        attention = heads * scores + 4 * embd
+        attention += 2 * key * all_heads
     elif layers.latent:
-        attention = heads * (2 * key + layers.number("attention.kv_lora_rank"))
+        rank = layers.number("attention.kv_lora_rank")
+        attention = heads * (2 * key + rank)
     return max(feed_forward, mixing, attention)
 
 
@@ -4105,14 +4407,17 @@ def _converted_bytes(layers: _Layers, caches: Sequence[_CacheLayer], load: LoadO
 
     Beside them lie the queries and their like, as measured with two models of 30 and 80 billion.
     """
-    k_too = load.cache_type_k not in _FLOATS
-    v_too = load.cache_type_v not in _FLOATS and not layers.latent
-    values = [cache.cells * (cache.k * k_too + cache.v * v_too) for cache in caches]
-    most = 2 * max(values, default=0)
+    has_k = load.cache_type_k not in _FLOATS
+    has_v = load.cache_type_v not in _FLOATS and not layers.latent
+    most = 0
+    for cache in caches:
+        values = cache.k * has_k + cache.v * has_v
+        most = max(most, cache.cells * values)
     if not most:
         return 0
-    queries = max(layers.heads) * layers.key
-    return most + 5 * (queries + layers.embd) * tokens * 4
+    queries = layers.heads * layers.key
+    beside = 5 * (queries + layers.embd) * tokens
+    return most * 2 + beside * 4
 
 
 class _Buffers(NamedTuple):
@@ -4126,17 +4431,22 @@ class _Buffers(NamedTuple):
 def _buffers(header: GgufHeader, layers: _Layers, caches: Sequence[_CacheLayer],
              load: LoadOptions, tokens: int) -> _Buffers:
     """`tokens`: those that are computed together."""
-    # The full cache and the sliding one have a mask each.
-    masked = {(cache.slides, cache.cells) for cache in caches}
-    mask_width = 2 if load.flash_attn else 4
-    mask = sum(cells for _, cells in masked) * tokens * mask_width
-    scores = 0
-    if not load.flash_attn:
-        scores = max((cache.cells for cache in caches), default=0)
+    # All full caches share a mask, all sliding ones another.
+    cells = {cache.slides: cache.cells for cache in caches}
+    mask_width = 4
+    scores = max(cells.values(), default=0)
+    if load.flash_attn:
+        mask_width = 2
+        scores = 0
     peak = _layer_floats(header, layers, scores) * tokens * 4
     if load.cuda and load.flash_attn:
-        peak = max(peak, _converted_bytes(layers, caches, load, tokens))
-    return _Buffers(mask, peak, header.vocab * load.slots * 4)
+        converted = _converted_bytes(layers, caches, load, tokens)
+        peak = max(peak, converted)
+    return _Buffers(
+        mask=sum(cells.values()) * tokens * mask_width,
+        peak=peak,
+        outputs=header.vocab * load.slots * 4,
+    )
 
 
 def _context_bytes(load: LoadOptions) -> List[int]:
@@ -4161,37 +4471,46 @@ def _on_cards(memory: Memory, header: GgufHeader, load: LoadOptions, buffers: _B
     used = len(load.cards)
     compute = (sum(buffers) + buffers.mask) * used
     # With all layers on several cards batches overlap, and each has the mask more than once.
-    if used > 1 and _ON_HOST not in placing.layers and not load.overrides:
-        compute += used * (PIPELINED_BATCHES - 1) * buffers.mask
+    is_whole = _ON_HOST not in placing.layers and not load.overrides
+    if used > 1 and is_whole:
+        copies = used * (PIPELINED_BATCHES - 1)
+        compute += copies * buffers.mask
     host_compute = buffers.mask + buffers.outputs
     held[_ON_HOST] += host_compute + memory.cache
+    of_each = (compute - host_compute) // used
     for card in load.cards:
-        held[card] += (compute - host_compute) // used
+        held[card] += of_each
     contexts = _context_bytes(load)
-    each = tuple(size + context for size, context in zip(held, contexts))
-    return memory._replace(weights=weights, compute=compute, context=sum(contexts),
-                           host=held[_ON_HOST], each=each)
+    for card, context in enumerate(contexts):
+        held[card] += context
+    return memory._replace(
+        weights=weights,
+        compute=compute,
+        context=sum(contexts),
+        host=held.pop(_ON_HOST),
+        each=tuple(held),
+    )
 
 
 def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAIN_LOAD) -> Memory:
     """Return what llama-server takes for a model, in bytes. Errors: GgufError."""
     layers = _Layers(header)
     caches = _cache_layers(layers, ctx_size, load)
-    kv_of = _cache_bytes(caches, layers, load)
-    state = layers.state_floats() * 4 * load.slots
-    states = [state * recurs for recurs in layers.recurs()]
-    full_cells, _ = _cells(layers, ctx_size, load)
-    buffers = _buffers(header, layers, caches, load, min(load.ubatch, full_cells))
+    kv = _cache_bytes(caches, layers, load)
+    # Slots share the cache, and each has a state of its own.
+    states = [size * load.slots for size in layers.state_bytes()]
+    tokens = min(load.ubatch, _round_up(ctx_size, CELLS_STEP))
+    buffers = _buffers(header, layers, caches, load, tokens)
     checkpoints = checkpoint_bytes(header, ctx_size, load) * load.slots
     memory = Memory(
         weights=header.tensor_bytes,
-        kv=sum(kv_of.values()),
+        kv=sum(kv),
         recurrent=sum(states),
         compute=sum(buffers),
         cache=LEAST_CACHE_MIB * MIB + checkpoints,
     )
     if load.gpu_layers:
-        layer_bytes = [kv_of.get(layer, 0) + size for layer, size in enumerate(states)]
+        layer_bytes = list(map(sum, zip(kv, states)))
         memory = _on_cards(memory, header, load, buffers, layer_bytes)
     if memory.total > MAX_MODEL_BYTES:
         raise GgufError("has sizes beyond any reason")
@@ -4199,16 +4518,17 @@ def estimate_memory(header: GgufHeader, ctx_size: int, load: LoadOptions = _PLAI
 
 
 def largest_context(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest ctx_size up to `limit` that fits, in steps of 256; 0 where none does."""
+    """The largest ctx_size up to `limit` that fits, in steps; 0 where none does."""
     # More context never takes less memory, so what fits is found by halving.
-    low, high = 0, limit // 256
+    low = 0
+    high = limit // CELLS_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(middle * 256):
+        if fits(middle * CELLS_STEP):
             low = middle
         else:
             high = middle - 1
-    return low * 256
+    return low * CELLS_STEP
 
 
 class TierFit(NamedTuple):
@@ -4238,7 +4558,8 @@ class TierFit(NamedTuple):
 
 def trained_context(trained: int, tier: Tier) -> int:
     """Tokens that a tier's model can read: as trained, stretched by YaRN; 0: not known."""
-    return min(int(trained * max(tier.rope_scale, 1)), 1 << 24)
+    stretched = trained * max(tier.rope_scale, 1)
+    return min(int(stretched), 1 << 24)
 
 
 def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, source: str,
@@ -4265,10 +4586,12 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
         return tuple(size / 1e9 for size in (*each, host))
 
     def fits(ctx: int) -> bool:
-        return fits_together([needs(memory_at(ctx))], machine.budgets_gb)
+        # Cards are held against their own budgets: what one lacks another cannot give.
+        memory = memory_at(ctx)
+        return fits_together([needs(memory)], machine.budgets_gb)
 
-    memory = memory_at(tier.ctx_size)
-    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
+    ctx_size = tier.ctx_size
+    memory = memory_at(ctx_size)
     each_gb = needs(memory)
     on_cards_gb, host_gb = each_gb, 0.0
     if machine.host_gb:
@@ -4276,22 +4599,24 @@ def fit_tier(tier: Tier, config: Config, machine: Machine, header: GgufHeader, s
     cards: Tuple[int, ...] = ()
     if load.seen > 1 and load.gpu_layers:
         cards = load.cards
+    trained = trained_context(_quantity(header.keys.get("context_length")), tier)
     return TierFit(
         name=tier.name,
         source=source,
         where=where,
         need_gb=sum(on_cards_gb),
-        fits=fits(tier.ctx_size),
-        ctx_size=tier.ctx_size,
-        largest_ctx=largest_context(trained or tier.ctx_size, fits),
+        fits=fits(ctx_size),
+        ctx_size=ctx_size,
+        largest_ctx=largest_context(trained or ctx_size, fits),
         memory=memory,
         host_gb=host_gb,
-        checkpoint_mb=checkpoint_bytes(header, tier.ctx_size, load) / 1e6,
+        checkpoint_mb=checkpoint_bytes(header, ctx_size, load) / 1e6,
         cache_mib=memory.cache // MIB,
         trained_ctx=trained,
         slots=load.slots,
         cards=cards,
-        each_gb=each_gb)
+        each_gb=each_gb,
+    )
 
 
 def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) -> TierFit:
@@ -4305,8 +4630,15 @@ def fit_by_size(tier: Tier, config: Config, machine: Machine, need_gb: float) ->
     source = "size_gb"
     if not need_gb:
         source = "unknown"
-    fits = fits_together([each_gb], machine.budgets_gb)
-    return TierFit(tier.name, source, "", need_gb, fits, tier.ctx_size, each_gb=each_gb)
+    return TierFit(
+        name=tier.name,
+        source=source,
+        where="",
+        need_gb=need_gb,
+        fits=fits_together([each_gb], machine.budgets_gb),
+        ctx_size=tier.ctx_size,
+        each_gb=each_gb,
+    )
 
 
 def _known_experts(header: GgufHeader) -> Dict[str, int]:
@@ -4316,13 +4648,15 @@ def _known_experts(header: GgufHeader) -> Dict[str, int]:
     experts = 3 * width * layers.number("expert_count")
     if not experts:
         return {}
-    heads, kv_heads = max(layers.heads), max(layers.kv_heads)
-    attention = 2 * layers.key * heads + (layers.key + layers.value) * kv_heads
+    # Q and the output have every head, K and V their own.
+    attention = 2 * layers.key * layers.heads
+    attention += (layers.key + layers.value) * max(layers.kv_heads)
     in_layers = header.tensor_bytes - header.embd_bytes
     if not header.tied:                         # the output is as large
         in_layers -= header.embd_bytes
     of_all = in_layers * experts // (experts + attention)
     of_each = of_all // layers.count
+    # One name stands for all: what n_cpu_moe moves finds it.
     return {f"blk.{layer}.ffn_up_exps.weight": of_each for layer in range(layers.count)}
 
 
@@ -4333,22 +4667,25 @@ def known_header(file: str, size_gb: float, models: Mapping[str, Any]) -> Option
     where it is the output, too.
     """
     file = file.rpartition("/")[2]
+    # Whoever has quantised a model, its file begins with the model's name.
     names = [name for name in models if file.startswith(name)]
     if not names:
         return None
     # Of two names that the file begins with, the longer one says more.
     row = models[max(names, key=len)]
     keys = row["keys"]
-    size_gb = next((gb for quant, gb in row["gb"].items() if quant in file), size_gb)
-    block, block_bytes = _GGML_SIZES[_Q6_K]
-    embd_bytes = row["vocab"] * keys["embedding_length"] * block_bytes // block
+    for quant, gb in row["gb"].items():
+        if quant in file:
+            size_gb = gb
+            break
+    embedding = row["vocab"] * keys["embedding_length"]
     query = keys["attention.head_count"] * keys["attention.key_length"]
     header = GgufHeader(
         arch=row["arch"],
         keys=keys,
         vocab=row["vocab"],
         tensor_bytes=round(size_gb * 1e9),
-        embd_bytes=embd_bytes,
+        embd_bytes=_stored_bytes(embedding, _Q6_K),
         tied=row["tied"],
         widest=max(keys["feed_forward_length"], query, row.get("widest", 0)),
     )
@@ -4360,26 +4697,36 @@ def _with_cache(tier: Tier, fit: TierFit, part_gb: float) -> Tier:
     free_mb = max(0.0, part_gb * 1000)
     checkpoints = -1
     if fit.checkpoint_mb:
+        # Half of the room is for prompts. The least has one checkpoint in it already.
         of_all_slots_mb = fit.checkpoint_mb * fit.slots
-        more = int(free_mb / 2 / of_all_slots_mb)           # half of the room is for prompts
+        more = int(free_mb / 2 / of_all_slots_mb)
         checkpoints = min(MOST_CHECKPOINTS, 1 + more)
         free_mb -= (checkpoints - 1) * of_all_slots_mb
-    cache_mib = LEAST_CACHE_MIB + int(free_mb * 1e6 / MIB)
-    return tier._replace(cache_ram_mib=min(MOST_CACHE_MIB, cache_mib), ctx_checkpoints=checkpoints)
+    free_mib = int(free_mb * 1e6 / MIB)
+    return tier._replace(
+        cache_ram_mib=min(MOST_CACHE_MIB, LEAST_CACHE_MIB + free_mib),
+        ctx_checkpoints=checkpoints,
+    )
 
 
 def _cache_parts_gb(config: Config, fits: Sequence[TierFit], machine: Machine) -> Dict[str, float]:
     """Tier -> its part of the memory that the fullest set it may be loaded in leaves."""
+    needs = {}
+    taken_gb = {}
     # Prompts and checkpoints are kept in the host's memory, wherever the model is.
-    limit_gb, taken_gb = machine.budget_gb, {fit.name: fit.need_gb for fit in fits}
-    if machine.host_gb:
-        limit_gb, taken_gb = machine.host_gb, {fit.name: fit.host_gb for fit in fits}
-    chats = {tier.name for tier in config.tiers if tier.chats}
-    needs = {fit.name: fit.needs for fit in fits}
+    limit_gb = machine.host_gb or machine.budget_gb
+    for fit in fits:
+        needs[fit.name] = fit.needs
+        taken_gb[fit.name] = fit.need_gb
+        if machine.host_gb:
+            taken_gb[fit.name] = fit.host_gb
+    chats = [tier.name for tier in config.tiers if tier.chats]
     parts_gb: Dict[str, float] = {}
     for together in residency_sets(config, needs, machine.budgets_gb):
-        left_gb = limit_gb - sum(taken_gb.get(name, 0.0) for name in together.tiers)
-        sharing = chats.intersection(together.tiers)
+        left_gb = limit_gb
+        for name in together.tiers:
+            left_gb -= taken_gb.get(name, 0.0)
+        sharing = [name for name in chats if name in together.tiers]
         for name in sharing:
             part_gb = left_gb / len(sharing)
             parts_gb[name] = min(parts_gb.get(name, part_gb), part_gb)
@@ -4393,22 +4740,25 @@ def with_caches(config: Config, fits: Sequence[TierFit], machine: Machine) -> Co
     that is all the memory there is, of the host's beside a card of its own. Tiers that hold no
     conversation get none.
     """
-    by_name = {f.name: f for f in fits if f.source != "hosted"}
-    parts_gb = _cache_parts_gb(config, list(by_name.values()), machine)
+    local = [fit for fit in fits if fit.source != "hosted"]
+    parts_gb = _cache_parts_gb(config, local, machine)
+    known = {fit.name: fit for fit in local if any(fit.needs)}
     tiers = []
     for tier in config.tiers:
-        fit = by_name.get(tier.name)
-        if tier.chats and fit is not None and any(fit.needs):
-            tier = _with_cache(tier, fit, parts_gb.get(tier.name, 0.0))
+        if tier.chats and tier.name in known:
+            part_gb = parts_gb.get(tier.name, 0.0)
+            tier = _with_cache(tier, known[tier.name], part_gb)
         tiers.append(tier)
     return config._replace(tiers=tuple(tiers))
 
 
 def cache_limit_mib(tier: Tier, fit: TierFit) -> int:
     """What prompts and checkpoints of a tier may take of memory, MiB; 0: not known."""
+    # Either is -1 where nothing has been chosen for the tier.
+    prompts_mib = max(0, tier.cache_ram_mib)
     checkpoints = max(0, tier.ctx_checkpoints) * fit.slots
-    checkpoints_mib = checkpoints * fit.checkpoint_mb * 1e6 / MIB
-    return max(0, tier.cache_ram_mib) + round(checkpoints_mib)
+    checkpoints_bytes = checkpoints * fit.checkpoint_mb * 1e6
+    return prompts_mib + round(checkpoints_bytes / MIB)
 
 
 def with_served_contexts(config: Config, served: Mapping[str, int]) -> Config:
@@ -4425,7 +4775,9 @@ def with_true_contexts(config: Config, trained: Mapping[str, int]) -> Config:
 
     `trained`: tier -> tokens of its file's header; a tier that it lacks stays as it is.
     """
-    most = {tier.name: trained_context(trained.get(tier.name, 0), tier) for tier in config.tiers}
+    most = {}
+    for tier in config.tiers:
+        most[tier.name] = trained_context(trained.get(tier.name, 0), tier)
     return with_served_contexts(config, most)
 
 
@@ -4445,19 +4797,18 @@ SWAPPED_BYTES = 64 * MIB                        # between two looks
 
 
 def memory_pressure(now: MemoryState, before: MemoryState) -> str:
-    """Why nothing more should be loaded, in words; "" where memory is not short.
-
-    Reading a large file makes Linux swap a little and programs wait, with plenty available.
-    """
-    swapped = now.swapped_bytes - before.swapped_bytes
-    plenty = now.available_gb > now.total_gb * 0.1
+    """Why nothing more should be loaded, in words; "" where memory is not short."""
     if now.critical:
         return "the system says that memory is critically short"
-    if swapped > SWAPPED_BYTES and not plenty:
-        return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
-    if now.stalled_pct >= STALLED_PCT and not plenty:
-        return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
-    if 0 <= now.available_gb < min(1.0, now.total_gb * 0.03):
+    # Reading a large file makes Linux swap a little and programs wait, with plenty available.
+    if now.available_gb <= now.total_gb * 0.1:
+        swapped = now.swapped_bytes - before.swapped_bytes
+        if swapped > SWAPPED_BYTES:
+            return f"the machine swaps ({swapped / MIB:,.0f} MiB just now)"
+        if now.stalled_pct >= STALLED_PCT:
+            return f"programs wait for memory {now.stalled_pct:.0f} % of the time"
+    least_gb = min(1.0, now.total_gb * 0.03)
+    if 0 <= now.available_gb < least_gb:
         return f"only {now.available_gb:.1f} GB of memory are available"
     if 0 <= now.card_free_gb < 0.1:
         return f"only {now.card_free_gb * 1000:.0f} MB are free on the card"
@@ -4512,8 +4863,11 @@ def fits_machine(name: str, machine: Machine) -> bool:
 
 def choose_profile(machine: Machine) -> str:
     """The largest profile whose every tier fits a machine, or the smallest there is."""
-    smallest, *others = PROFILES
-    return [smallest, *(name for name in others if fits_machine(name, machine))][-1]
+    chosen, *others = PROFILES
+    for name in others:
+        if fits_machine(name, machine):
+            chosen = name
+    return chosen
 
 
 def _kind_and_gb(name: str) -> Tuple[str, int]:
@@ -4557,11 +4911,17 @@ def profile_of(text: str) -> str:
 
 def render_profile(bundled: str, own: str) -> str:
     """The models.ini of a profile: the bundled one, with the title and the sections of its own."""
-    blocks = {match.group(1): match.group() for match in _INI_BLOCK.finditer(own)}
+    blocks = {}
+    for block in _INI_BLOCK.finditer(own):
+        blocks[block.group(1)] = block.group()
+
+    def own_block(match: Match[str]) -> str:
+        return blocks.get(match.group(1), match.group())
+
     title = _PROFILE_TITLE.search(own)
     if title:
         bundled = _PROFILE_TITLE.sub(title.group(), bundled, count=1)
-    return _INI_BLOCK.sub(lambda match: blocks.get(match.group(1), match.group()), bundled)
+    return _INI_BLOCK.sub(own_block, bundled)
 
 
 # ==================================================================================================
@@ -4584,10 +4944,11 @@ def litellm_entries(config: Config) -> List[Tuple[str, str]]:
     """(model_name, model) of the entries that model_list needs."""
     entries = []
     for tier in config.tiers:
-        if tier.backend == "litellm":
-            entries.append((tier.name, tier.model))
-            if tier.model_next:
-                entries.append((f"{tier.name}_next", tier.model_next))
+        if tier.backend != "litellm":
+            continue
+        entries.append((tier.name, tier.model))
+        if tier.model_next:
+            entries.append((f"{tier.name}_next", tier.model_next))
     return entries
 
 
@@ -4600,20 +4961,26 @@ def proxy_tier(config: Config) -> Optional[Tier]:
     if not tiers:
         return None
     names = [name for name, _ in litellm_entries(config)]
-    names += [alias for tier in tiers for alias in tier.aliases]
-    description = "LiteLLM, for " + ", ".join(tier.name for tier in tiers)
-    return Tier(PROXY, backend="litellm", ttl=0, ctx_size=0, description=description,
-                aliases=tuple(dict.fromkeys(names)))
+    for tier in tiers:
+        names += tier.aliases
+    served = ", ".join(tier.name for tier in tiers)
+    return Tier(
+        PROXY,
+        backend="litellm",
+        ttl=0,
+        ctx_size=0,
+        description=f"LiteLLM, for {served}",
+        aliases=tuple(dict.fromkeys(names)))
 
 
 def unfence_ultra(text: str) -> str:
     """A models.ini with what its AUTO-ENABLE-WHEN-LITELLM-AVAILABLE markers fence switched on."""
     def bare(match: Match[str]) -> str:
-        return re.sub(r"^; ?", "", match.group(1), flags=re.MULTILINE)
+        return re.sub(r"(?m)^; ?", "", match.group(1))
 
     mark = "AUTO-ENABLE-WHEN-LITELLM-AVAILABLE"
-    fenced = rf"^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
-    return re.sub(fenced, bare, text, flags=re.MULTILINE | re.DOTALL)
+    fenced = rf"(?ms)^; >>> {mark} >>>\r?\n(.*?)^; <<< {mark} <<<\r?\n"
+    return re.sub(fenced, bare, text)
 
 
 def render_litellm_entries(entries: Sequence[Tuple[str, str]]) -> str:
@@ -4632,7 +4999,7 @@ class LitellmEntry(NamedTuple):
     """An entry of model_list, as LiteLLM's own parser reads it."""
 
     model: str
-    references: Tuple[str, ...] = ()            # the NAMEs of os.environ/NAME
+    references: Sequence[str] = ()              # the NAMEs of os.environ/NAME
     has_key: bool = False
     has_base: bool = False
 
@@ -4649,11 +5016,10 @@ def parse_litellm_file(answer: Any) -> Optional[LitellmFile]:
     entries = {}
     try:
         for name, entry in answer["entries"].items():
-            references = tuple(entry["references"])
-            entries[name] = LitellmEntry(
-                entry["model"], references, entry["has_key"], entry["has_base"])
+            entries[name] = LitellmEntry(**entry)
         return LitellmFile(entries, frozenset(answer["environment"]))
     except (AttributeError, KeyError, TypeError):
+        # It has no entries, or an older version of the guest has answered.
         return None
 
 
@@ -4687,7 +5053,8 @@ vertex_ai     GOOGLE_APPLICATION_CREDENTIALS|VERTEXAI_CREDENTIALS|VERTEX_CREDENT
 xai           XAI_API_KEY
 """
 CREDENTIALS: Dict[str, Sequence[str]] = {
-    provider: names for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
+    provider: names
+    for provider, *names in map(str.split, _CREDENTIAL_ROWS.strip().splitlines())}
 # A machine in their cloud may have credentials that no variable shows.
 AMBIENT = ("azure", "bedrock", "vertex_ai")
 _CREDENTIAL_NAMES = frozenset(re.findall(r"[A-Z][A-Z_]+", _CREDENTIAL_ROWS))
@@ -4740,10 +5107,13 @@ def tier_credentials(tier: Tier, env: Mapping[str, str], file: Optional[LitellmF
     if file is None:
         return ()
     entry = file.entries.get(entry_name(tier), LitellmEntry(""))
+    known = set(file.environment)
+    # What is blank counts as not set.
+    known.update(name for name, value in env.items() if value.strip())
     lacking: Dict[str, None] = {}
     for choices in _wanted_credentials(tier, entry, certain):
         names = choices.split("|")
-        if not any(env.get(name, "").strip() or name in file.environment for name in names):
+        if known.isdisjoint(names):
             lacking[names[0]] = None
     return tuple(lacking)
 
@@ -4754,9 +5124,9 @@ def litellm_differences(config: Config, file: Optional[LitellmFile]) -> List[str
         return []
     lines = []
     for name, model in litellm_entries(config):
-        written = file.entries.get(name, LitellmEntry("")).model
-        if written not in ("", model):
-            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {written},"
+        entry = file.entries.get(name)
+        if entry and entry.model not in ("", model):
+            lines.append(f"{name}: models.ini says {model}, litellm_config.yaml {entry.model},"
                          " which is what is asked")
     return lines
 
@@ -4806,7 +5176,8 @@ def _auto_limits(ladder: Sequence[Tier]) -> Tuple[int, int]:
 
 def _calls_tools(tier: Tier, config: Config) -> bool:
     """Whether a tier takes tools; a llama-server does so by its model's own template only."""
-    if tier.backend == "gguf" and not tier_config(config, tier).settings["jinja"]:
+    settings = tier_config(config, tier).settings
+    if tier.backend == "gguf" and not settings["jinja"]:
         return False
     return tier.tool_call
 
@@ -4815,6 +5186,7 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
                   config: Config) -> Dict[str, Any]:
     """One model of opencode's list, which any of `tiers` may answer."""
     context, output = limits
+    first, *others = tiers
     entry: Dict[str, Any] = {
         "name": re.sub(r"[\x00-\x1f\x7f-\x9f]", "", name),
         "limit": {"context": context, "output": output},
@@ -4825,11 +5197,12 @@ def _client_model(name: str, limits: Tuple[int, int], tiers: Sequence[Tier],
     if any(tier.has_projector for tier in tiers):
         entry["attachment"] = True
         entry["modalities"] = {"input": ["text", "image"], "output": ["text"]}
+    free = {"input": 0, "output": 0}
     # What one of several hosted tiers will cost is not known before it is asked.
-    if len(tiers) == 1 and tiers[0].prices:
-        entry["cost"] = {"input": 0, "output": 0, **dict(tiers[0].prices)}
+    if first.prices and not others:
+        entry["cost"] = {**free, **dict(first.prices)}
     elif not any(tier.remote for tier in tiers):
-        entry["cost"] = {"input": 0, "output": 0}
+        entry["cost"] = free
     return entry
 
 
@@ -4843,8 +5216,14 @@ def _opencode_models(config: Config) -> Dict[str, Any]:
     for tier in config.tiers:
         if tier.chats:
             shown = tier.description or tier.name
-            models[tier.name] = _client_model(shown, client_limits(tier), [tier], config)
+            limits = client_limits(tier)
+            models[tier.name] = _client_model(shown, limits, [tier], config)
     return models
+
+
+def _with_offered(config: Config) -> Config:
+    """What a client is shown: the tiers it may ask, or all of them where that is none."""
+    return config._replace(tiers=config.offered or config.tiers)
 
 
 def cramped_models(config: Config) -> List[str]:
@@ -4852,7 +5231,7 @@ def cramped_models(config: Config) -> List[str]:
 
     With such a model it would compact the conversation for ever.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     limits = {}
     for role in ("agent", "plan", "plan-uncensored"):
         tier = config.by_role(role)
@@ -4862,6 +5241,7 @@ def cramped_models(config: Config) -> List[str]:
         limits["auto"] = _auto_limits(config.ladder)
     lines = []
     for name, (context, output) in limits.items():
+        # A quarter of it has to be left for what the user says.
         if context - output < OPENCODE_TOKENS * 5 // 4:
             lines.append(f"{name}: of {context:,} tokens opencode keeps {output:,} for the answer;"
                          f" its own prompt and tools take about {OPENCODE_TOKENS:,}, so it would"
@@ -4875,7 +5255,9 @@ def _role_model(config: Config, role: str) -> Dict[str, str]:
     Then opencode takes its default model.
     """
     tier = config.by_role(role)
-    return {"model": f"{PROVIDER}/{tier.name}"} if tier else {}
+    if tier is None:
+        return {}
+    return {"model": f"{PROVIDER}/{tier.name}"}
 
 
 def _opencode_agents(config: Config, default: str) -> Tuple[Dict[str, Any], Dict[str, Any]]:
@@ -4917,9 +5299,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     `wants_key` is of the router, `mcp_url` names LiteLLM's MCP gateway. The same arguments give the
     same bytes.
     """
-    config = config._replace(tiers=config.offered or config.tiers)
+    config = _with_offered(config)
     models = _opencode_models(config)
-    default = f"{PROVIDER}/{next(iter(models), 'auto')}"
+    first = next(iter(models), "auto")
+    default = f"{PROVIDER}/{first}"
     agents, commands = _opencode_agents(config, default)
     options: Dict[str, Any] = {
         "baseURL": f"{url}/v1",
@@ -4949,10 +5332,10 @@ def render_opencode_json(config: Config, url: str, agents_md: str, *, wants_key:
     }
     if mcp_url:
         value["mcp"] = {"litellm": {"type": "remote", "url": mcp_url, "enabled": True}}
-    text = json.dumps(value, indent=2)
+    text = json.dumps(value, indent=2) + "\n"
     # opencode replaces {env:X} and {file:X} wherever they stand: a description must not name any.
     text = re.sub(r"\{(?=env:|file:)", r"\\u007b", text)
-    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"') + "\n"
+    return text.replace('"apiKey": null', f'"apiKey": "{KEY_REFERENCE}"')
 
 
 # ==================================================================================================
@@ -5664,18 +6047,25 @@ def tokens_said(said: bytes) -> Counts:
 # llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
-    r"|prompt is too long|maximum context length|exceeds? the (?:available|model's) context"
-    r"|longer than the model's context|input (?:tokens? )?(?:is |are )?too long"
-    r"|exceeds the maximum (?:number of tokens|context)|too many tokens", re.IGNORECASE)
+    r"|prompt is too long|maximum (?:context|prompt) length|exceed context limit"
+    r"|exceeds? the (?:available|model's) context"
+    r"|longer than the (?:model's context|maximum model length)"
+    r"|input (?:tokens? )?(?:is |are )?too long"
+    r"|exceeds the maximum (?:number of tokens|context|allowed length \([0-9]+ tokens)"
+    r"|too many tokens", re.IGNORECASE)
+# The prompt's own count comes before one that has the answer's room in it.
 _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r'"n_prompt_tokens"\s*:\s*([0-9]+)',
     r"request \(([0-9]+) tokens\)",
     r"prompt is too long: ([0-9]+) tokens",
+    r"exceed context limit: ([0-9]+)",
     r"resulted in ([0-9]+) tokens",
+    r"([0-9]+) (?:in the messages|in your prompt|of text input|tokens from the input)",
     r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
-    r"\(([0-9]+) in the messages",
     r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
-    r"input[^0-9]{0,40}\(?([0-9]+) tokens"))
+    r"prompt \(length ([0-9]+)\)",
+    r"input[^0-9]{0,40}\(?([0-9]+) tokens",
+    r"input token count \(([0-9]+)\)"))
 
 
 def prompt_tokens_said(status: int, text: str) -> int:
@@ -5951,8 +6341,8 @@ SHELLS = tuple(HOOK_SOURCES)
 
 def shell_name(program: str) -> str:
     """bash, zsh, fish or powershell by a program's path, "" for any other shell."""
-    name = re.split(r"[/\\]", program)[-1].lower().lstrip("-")
-    name = re.sub(r"\.exe\Z", "", name)
+    # A login shell calls itself -bash.
+    name = re.sub(r".*[/\\]|\.exe\Z", "", program.lower()).lstrip("-")
     if name == "pwsh":
         return "powershell"
     if name in SHELLS:
@@ -5963,9 +6353,8 @@ def shell_name(program: str) -> str:
 def _powershell_characters(word: str) -> str:
     """A word by its character codes: Windows reads the bytes of text beyond ASCII as it likes."""
     raw = word.encode("utf-16-le", "surrogatepass")
-    units = struct.unpack(f"<{len(raw) // 2}H", raw)
-    codes = ",".join(map(str, units))
-    return f"(-join[char[]]({codes}))"
+    codes = [str(unit) for unit, in struct.iter_unpack("<H", raw)]
+    return f"(-join[char[]]({','.join(codes)}))"
 
 
 def shell_quote(shell: str, word: str) -> str:
@@ -5986,8 +6375,8 @@ def activate_line(shell: str, program: Sequence[str] = ()) -> str:
 
     `program`: the words that run llmstack where its name alone does not.
     """
-    command = " ".join(shell_quote(shell, word) for word in program) or "llmstack"
-    command += f" activate {shell}"
+    words = " ".join(shell_quote(shell, word) for word in program)
+    command = f"{words or 'llmstack'} activate {shell}"
     if shell == "fish":
         return f"{command} | source"
     if shell != "powershell":
@@ -6020,11 +6409,18 @@ def prompt_prefix(shell: str, channel: str, project: str, url: str, colour: bool
 
 def render_assignment(shell: str, name: str, value: Optional[str], export: bool = True) -> str:
     """A line that sets a variable, or unsets it where `value` is None."""
-    exported, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
+    form, own, unset = _ASSIGNMENTS.get(shell, _ASSIGNMENTS["bash"])
     if value is None:
         return unset.format(name=name)
-    form = exported if export else own
-    return form.format(name=name, word=shell_quote(shell, value))
+    if not export:
+        form = own
+    word = shell_quote(shell, value)
+    return form.format(name=name, word=word)
+
+
+def render_own_variable(shell: str, name: str, value: str) -> str:
+    """A line that sets a variable of the hook's own, which no program is to see."""
+    return render_assignment(shell, f"_llmstack_{name}", value, export=False)
 
 
 def render_hook(shell: str, text: str, python: str, program: str, trust: str) -> str:
@@ -6032,23 +6428,26 @@ def render_hook(shell: str, text: str, python: str, program: str, trust: str) ->
 
     Sourced twice it is the same as once.
     """
-    lines = []
-    for name, path in {"python": python, "program": program, "trust": trust}.items():
-        lines.append(render_assignment(shell, f"_llmstack_{name}", path, export=False))
-    lines.append(text)
+    lines = [
+        render_own_variable(shell, "python", python),
+        render_own_variable(shell, "program", program),
+        render_own_variable(shell, "trust", trust),
+        text,
+    ]
     return "\n".join(lines)
 
 
 def render_hook_answer(shell: str, values: Mapping[str, str], exported: Iterable[str], prefix: str,
                        hook: str) -> str:
     """What a hook evaluates on entering a project; `exported`: names that were exported before."""
-    before = set(exported)
+    kinds = dict.fromkeys(exported, "x")
     lines = []
     for name, value in values.items():
         # Leaving the project, the hook restores a variable as it was: exported or the shell's own.
-        kind = "x" if name in before else "s"
-        lines.append(f"_llmstack_set {name} {shell_quote(shell, value)} {kind}")
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+        kind = kinds.get(name, "s")
+        word = shell_quote(shell, value)
+        lines.append(f"_llmstack_set {name} {word} {kind}")
+    lines.append(render_own_variable(shell, "prefix", prefix))
     lines.append(render_assignment(shell, "LLMSTACK_HOOK", hook))
     return "\n".join(lines) + "\n"
 
@@ -6080,8 +6479,9 @@ def render_shell_start(shell: str, hook: str, values: Mapping[str, str], prefix:
     user's.
     """
     lines = [hook]
-    lines += [render_assignment(shell, name, value) for name, value in values.items()]
-    lines.append(render_assignment(shell, "_llmstack_prefix", prefix, export=False))
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    lines.append(render_own_variable(shell, "prefix", prefix))
     text = "\n".join(lines) + "\n"
     if shell == "bash":
         return "if [ -r ~/.bashrc ]; then . ~/.bashrc; fi\n" + text
@@ -6115,9 +6515,11 @@ class Job(NamedTuple):
 
 def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
     """A job of the queue file; None where it is none, or a name leads out of its directory."""
-    files, beside = row.get("files"), row.get("beside")
-    if not isinstance(files, (list, tuple)) or not isinstance(beside, (list, tuple)):
-        return None
+    files: Any = row.get("files")
+    beside: Any = row.get("beside")
+    for names in (files, beside):
+        if not isinstance(names, (list, tuple)):
+            return None
     job = Job(
         tier=str(row.get("tier")),
         label=str(row.get("label")),
@@ -6125,12 +6527,14 @@ def parse_job(row: Mapping[str, Any]) -> Optional[Job]:
         files=tuple(map(str, files)),
         beside=tuple(map(str, beside)),
     )
-    if not _NAME.match(job.tier) or not _REPO.match(job.repo):
-        return None
     if job.label not in ("current", "next") or not job.files:
         return None
-    if not all(map(_HUB_PATH.match, job.files + job.beside)):
-        return None
+    shapes = [(_NAME, job.tier), (_REPO, job.repo)]
+    for file in job.files + job.beside:
+        shapes.append((_HUB_PATH, file))
+    for shape, text in shapes:
+        if not shape.match(text):
+            return None
     return job
 
 
@@ -6144,18 +6548,26 @@ def split_parts(file: str) -> Tuple[str, ...]:
     if match is None:
         return (file,)
     stem, _, count = match.groups()
+    # A name is a stranger's word: 99,999 files would be asked for.
     if not 0 < int(count) <= MAX_PARTS:
         return (file,)
-    numbers = range(1, int(count) + 1)
-    return tuple(f"{stem}-{number:05d}-of-{count}.gguf" for number in numbers)
+    parts = []
+    for number in range(1, int(count) + 1):
+        parts.append(f"{stem}-{number:05d}-of-{count}.gguf")
+    return tuple(parts)
 
 
 # ==================================================================================================
 # SYSTEM EDGE
 # ==================================================================================================
 # The room of what differs between systems: directories and files, the memory there is, logs, locks,
-# and how to speak to the user. It may touch the disk and run small system programs; it starts no
-# process that stays, opens no socket and knows nothing of a stack.
+# and how to speak to the user. What a project is has its place here (find_places), and how much
+# memory its models may take (this_machine). It may touch the disk and run small system programs; it
+# starts no process that stays, opens no socket and knows nothing of a stack.
+
+# How a line is said to the user, and a yes or no asked for; None where nobody is there.
+Say = Callable[[str], None]
+Ask = Callable[[str], Optional[bool]]
 
 # Tests set these two: what another platform does is run, not only read.
 IS_WINDOWS = sys.platform == "win32"
@@ -6197,8 +6609,9 @@ def read_profile(name: str) -> bytes:
     bundled = read_resource("models.ini")
     if name == BUNDLED_PROFILE:
         return bundled
-    own = read_shared_text(f"profiles/{name}.ini")
-    return render_profile(bundled.decode("utf-8").replace("\r\n", "\n"), own).encode("utf-8")
+    text = bundled.decode("utf-8").replace("\r\n", "\n")
+    text = render_profile(text, read_shared_text(f"profiles/{name}.ini"))
+    return text.encode("utf-8")
 
 
 def guest_command(python: str, name: str) -> List[str]:
@@ -6215,6 +6628,9 @@ def guest_command(python: str, name: str) -> List[str]:
         raise UserError(f"there is no {path}",
                         "copy share/ beside llmstack.py, or take llmstack.pyz, which has it inside")
     return [python, path]
+
+
+# ---- where a project and its files are
 
 
 class Places(NamedTuple):
@@ -6248,7 +6664,8 @@ class Places(NamedTuple):
 def places_at(data: str, work: str, env: Mapping[str, str] = os.environ) -> Places:
     """The places of the project in a directory."""
     state = os.path.join(work, ".llmstack")
-    return Places(work, state, os.path.join(state, "models.ini"), data, env)
+    models_ini = os.path.join(state, "models.ini")
+    return Places(work, state, models_ini, data, env)
 
 
 def _expand(path: str) -> str:
@@ -6280,7 +6697,8 @@ def nearest_project(directory: str, is_project: Callable[[str], bool]) -> str:
 
 def _is_state(state: str) -> bool:
     """True for a .llmstack/ of ours, not somebody else's directory or the remains of one."""
-    return any(os.path.lexists(os.path.join(state, name)) for name in _PROJECT_FILES)
+    files = [os.path.join(state, name) for name in _PROJECT_FILES]
+    return any(map(os.path.lexists, files))
 
 
 def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
@@ -6306,12 +6724,11 @@ def find_places(env: Mapping[str, str], demo: bool = False) -> Places:
     return places
 
 
-_IN_ITS_PLACE = "move away what stands in its place"
+# ---- files
+
+_OF_ANOTHER_KIND = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL)
 _PATH_HINTS = {
-    errno.EISDIR: _IN_ITS_PLACE,
-    errno.ENOTDIR: _IN_ITS_PLACE,
-    errno.EEXIST: _IN_ITS_PLACE,
-    errno.EINVAL: _IN_ITS_PLACE,
+    **dict.fromkeys(_OF_ANOTHER_KIND, "move away what stands in its place"),
     errno.EFBIG: "make it smaller",
     errno.ENOSPC: "free some room",
 }
@@ -6319,13 +6736,13 @@ _PATH_HINTS = {
 
 def path_hint(exc: OSError) -> str:
     """What to do about a path that can be neither read nor written."""
-    usual = "mend its permissions, or those of its directory"
-    return _PATH_HINTS.get(exc.errno or 0, usual)
+    return _PATH_HINTS.get(exc.errno or 0, "mend its permissions, or those of its directory")
 
 
 def path_error(verb: str, path: str, exc: OSError, exit_code: int = 1) -> UserError:
     """`cannot VERB path: why`, and what to do about it."""
-    return UserError(f"cannot {verb} {path}: {exc.strerror or exc}", path_hint(exc), exit_code)
+    what = f"cannot {verb} {path}: {exc.strerror or exc}"
+    return UserError(what, path_hint(exc), exit_code)
 
 
 # Prompts stand in logs and caches, so whatever we write is for its user alone, whatever the umask
@@ -6350,13 +6767,13 @@ def _close_open_file(handle: int) -> None:
     if IS_WINDOWS:
         return
     status = os.fstat(handle)
-    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    if not is_plain or status.st_uid != os.geteuid():
+    mode = status.st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         return
-    if not status.st_mode & 0o077:
+    if status.st_uid != os.geteuid() or not mode & 0o077:
         return
     try:
-        os.fchmod(handle, status.st_mode & 0o700)
+        os.fchmod(handle, mode & 0o700)
     except OSError:
         # Some file systems have no permissions.
         pass
@@ -6369,9 +6786,11 @@ def close_to_others(*paths: str) -> None:
     """
     if IS_WINDOWS:
         return
+    # A pipe that a clone has put there would be waited for.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     for path in paths:
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(path, flags)
         except OSError:
             continue
         try:
@@ -6435,16 +6854,17 @@ def read_regular(path: str, limit: int = MAX_STATE_BYTES) -> bytes:
     Errors: OSError, also for a pipe, a device, and a file of more than `limit` bytes.
     """
     with open(path, "rb", opener=_open_at_once) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        parts, size = [], 0
-        # In pieces: /proc/sys refuses to fill megabytes.
-        for part in iter(lambda: file.read(RECV_BYTES), b""):
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
-    return b"".join(parts)
+        data = b""
+        while len(data) <= limit:
+            # In pieces: /proc/sys refuses to fill megabytes.
+            part = file.read(RECV_BYTES)
+            if not part:
+                return data
+            data += part
+    raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes")
 
 
 def read_text(path: str) -> str:
@@ -6472,6 +6892,9 @@ def parse_json_object(data: Union[str, bytes]) -> Dict[str, Any]:
 
 def _read_json(path: str) -> Dict[str, Any]:
     return parse_json_object(read_text(path))
+
+
+# ---- small system programs, and the memory there is
 
 
 def program_output(command: Sequence[str]) -> str:
@@ -6560,6 +6983,10 @@ class Card(NamedTuple):
     total_gb: float                             # without the driver's reserve; 0: the machine's
     used_gb: float
 
+    @property
+    def free_gb(self) -> float:
+        return max(0.0, self.total_gb - self.used_gb)
+
 
 def _mib_gb(text: str) -> float:
     """Mebibytes in GB, 0 for [N/A]."""
@@ -6570,15 +6997,15 @@ def _mib_gb(text: str) -> float:
 
 def nvidia_cards() -> List[Card]:
     """What nvidia-smi tells of each card, in its order."""
-    fields = "uuid,memory.total,memory.reserved,memory.used"
-    query = [f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=uuid,memory.total,memory.reserved,memory.used",
+               "--format=csv,noheader,nounits"]
     cards = []
-    for line in program_output(["nvidia-smi", *query]).splitlines():
-        words = [word.strip() for word in line.split(",")]
-        if len(words) == 4:
-            total_gb, reserved_gb, used_gb = map(_mib_gb, words[1:])
+    for line in program_output(command).splitlines():
+        uuid, *sizes = map(str.strip, line.split(","))
+        if len(sizes) == 3:
+            total_gb, reserved_gb, used_gb = map(_mib_gb, sizes)
             usable_gb = max(0.0, total_gb - reserved_gb)
-            cards.append(Card(words[0], usable_gb, used_gb))
+            cards.append(Card(uuid, usable_gb, used_gb))
     return cards
 
 
@@ -6611,15 +7038,18 @@ def _nvidia_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine
     share_gb = total_gb * HOST_SHARE
     size_gb = sum(card.total_gb for card in cards)
     if not size_gb:
-        return Machine(share_gb, f"75% of {total_gb:.1f} GB, which the GPU shares", True, True)
+        source = f"75% of {total_gb:.1f} GB, which the GPU shares"
+        return Machine(share_gb, source, True, True)
     held_gb = sum(card.used_gb for card in cards)
     source = f"{size_gb:.1f} GB on {len(cards)} NVIDIA card"
     if len(cards) > 1:
         source += "s"
     if held_gb >= 0.05:
         source += f", less {held_gb:.1f} that others hold"
-    each = tuple(max(0.0, card.total_gb - card.used_gb) for card in cards)
-    return Machine(max(0.1, size_gb - held_gb), source, True, True, share_gb, each)
+    # A budget of nothing would stand for one that is not known.
+    free_gb = max(0.1, size_gb - held_gb)
+    each = tuple(card.free_gb for card in cards)
+    return Machine(free_gb, source, True, True, share_gb, each)
 
 
 def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
@@ -6628,19 +7058,21 @@ def _amd_machine(total_gb: float, env: Mapping[str, str]) -> Optional[Machine]:
     An AMD APU with a small carve-out of its own works in the machine's memory, as far as its
     driver lets it (GTT).
     """
-    own = _amd_memory_gb("vram")
-    seen = visible_cards([""] * len(own), AMD_VISIBLE, env)
-    sizes = [own[i] for i in seen if own[i] > OWN_MEMORY_GB]
+    own_gb = _amd_memory_gb("vram")
+    # The kernel tells no UUID of an AMD card: a variable can name it by number only.
+    seen = visible_cards([""] * len(own_gb), AMD_VISIBLE, env)
+    sizes_gb = [own_gb[place] for place in seen]
+    cards_gb = [size_gb for size_gb in sizes_gb if size_gb > OWN_MEMORY_GB]
     share_gb = total_gb * HOST_SHARE
-    if sizes:
-        each = tuple(max(0.0, size - CARD_RESERVE_GB) for size in sizes)
-        source = f"{sum(sizes):.1f} GB on AMD cards, less 1 GiB each"
+    if cards_gb:
+        source = f"{sum(cards_gb):.1f} GB on AMD cards, less 1 GiB each"
+        each = tuple(size_gb - CARD_RESERVE_GB for size_gb in cards_gb)
         return Machine(sum(each), source, True, host_gb=share_gb, cards=each)
-    shared = sum(own) + sum(_amd_memory_gb("gtt"))
-    if not seen or not shared:
+    shared_gb = sum(own_gb) + sum(_amd_memory_gb("gtt"))
+    if not seen or not shared_gb:
         return None
-    source = f"{shared:.1f} GB that an AMD APU may use of memory, or 75% of that"
-    return Machine(min(shared, share_gb), source, True)
+    source = f"{shared_gb:.1f} GB that an AMD APU may use of memory, or 75% of that"
+    return Machine(min(shared_gb, share_gb), source, True)
 
 
 def _mac_gpu(total_gb: float) -> Machine:
@@ -6693,7 +7125,7 @@ def read_memory_state(cards: bool) -> MemoryState:
     if cards:
         found = _seen_nvidia_cards(os.environ)
         if any(card.total_gb for card in found):
-            free_gb = sum(card.total_gb - card.used_gb for card in found)
+            free_gb = sum(card.free_gb for card in found)
     if IS_MAC:
         level = program_output(["sysctl", "-n", "kern.memorystatus_vm_pressure_level"]).strip()
         told = program_output(["vm_stat"])
@@ -6710,6 +7142,8 @@ def read_memory_state(cards: bool) -> MemoryState:
         card_free_gb=free_gb,
     )
 
+
+# ---- what people read, and are asked
 
 # What comes from elsewhere (a path of a clone, another machine's answer, a request, a program's
 # output) may hold what steers a terminal: escape sequences, C1 controls, marks that turn the
@@ -6790,11 +7224,7 @@ def is_live_terminal() -> bool:
 
 
 class _OutputFailed(Exception):  # noqa: N818
-    """Standard output is closed or full; `message` is "" where that is the reader's will."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+    """Standard output is closed or full; says nothing where that is the reader's will."""
 
 
 def may_paint() -> bool:
@@ -6814,20 +7244,22 @@ def write_out(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        raise _OutputFailed("") from None
+        raise _OutputFailed from None
     except OSError as exc:
         raise _OutputFailed(f"cannot write the output: {exc.strerror}") from None
 
 
 def called_as() -> str:
     """What runs this program where its user is: llmstack, else what was typed."""
-    env, typed = os.environ, sys.argv[0]
-    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env) or find_program("llmstack" + EXE):
+    env = os.environ
+    # In both kinds of shell `llmstack` is a function.
+    if env.get("LLMSTACK_ACTIVE") or hooked_shell(env):
         return "llmstack"
-    if os.path.abspath(typed) != PROGRAM:
+    typed = sys.argv[0]
+    if find_program("llmstack" + EXE) or os.path.abspath(typed) != PROGRAM:
         return "llmstack"
     # Python has orig_argv since 3.10.
-    python = getattr(sys, "orig_argv", ["python3"])[0]
+    python, *_ = getattr(sys, "orig_argv", ["python3"])
     return f"{os.path.basename(python)} {posix_quote(typed)}"
 
 
@@ -6840,9 +7272,10 @@ def as_called(text: str) -> str:
 
 def say(line: str = "") -> None:
     """A line on standard output, whatever text from elsewhere it holds."""
-    line = as_called(line)
-    line = visible_colours(line) if may_paint() else visible_lines(line)
-    write_out(line + "\n")
+    fit_to_print = visible_lines
+    if may_paint():
+        fit_to_print = visible_colours
+    write_out(fit_to_print(as_called(line)) + "\n")
 
 
 def as_json(found: Any) -> str:
@@ -6887,6 +7320,9 @@ def _never_ask(_: str) -> Optional[bool]:
     return None
 
 
+# ---- logs
+
+
 def open_log(path: str) -> int:
     """A descriptor that appends to a log, which is this user's alone. Errors: OSError."""
     make_private_dir(os.path.dirname(path))
@@ -6915,6 +7351,7 @@ def shift_logs(path: str, newest: str = "") -> None:
         try:
             os.replace(younger, f"{path}.{number}")
         except OSError:
+            # There are not as many yet.
             pass
 
 
@@ -6964,7 +7401,8 @@ class Log:
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S")
         if not message.isprintable():
             message = visible_lines(message).replace("\n", "\n    ")
-        self._waiting.append(f"{self._stamp} {level.upper()} {message}\n")
+        line = f"{self._stamp} {level.upper()} {message}\n"
+        self._waiting.append(line)
         # Lines of a busy quarter of a second go out together: a write lets go of the GIL.
         is_busy = 0 <= now - self._written_s < 0.25
         if rank >= LEVELS["warning"] or not is_busy:
@@ -7027,6 +7465,8 @@ def tail_of(path: str, lines: int = 12) -> str:
     last = plain.splitlines()[-lines:]
     return "\n".join(visible_lines(line) for line in last)
 
+
+# ---- a process and its threads
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8        # of mallopt(3)
 
@@ -7134,11 +7574,12 @@ class FileLock:
             return False
 
     def __enter__(self) -> FileLock:
+        path = self._path
         try:
-            make_private_dir(os.path.dirname(self._path))
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            make_private_dir(os.path.dirname(path))
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as exc:
-            raise path_error("open", self._path, exc) from None
+            raise path_error("open", path, exc) from None
         if not self._try():
             # Waiting is said once, before it begins: a silent program looks hung.
             self._waiting()
@@ -7149,6 +7590,8 @@ class FileLock:
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
 
+
+# ---- progress
 
 PLAIN_PROGRESS_S = 10                           # between lines where none can be rewritten
 
@@ -7161,7 +7604,9 @@ def terminal_columns() -> int:
 
 def live_terminal() -> Optional[TextIO]:
     """What Progress rewrites its line on, None where that cannot be."""
-    return sys.stdout if is_live_terminal() else None
+    if not is_live_terminal():
+        return None
+    return sys.stdout
 
 
 class Progress:
@@ -7197,7 +7642,9 @@ class Progress:
         if self._terminal is not None:
             # A line that wraps cannot be taken back.
             text = text[:terminal_columns() - 1]
-            self._terminal.write("\r" + text.ljust(len(self._shown)))
+            # Blanks cover what stood there of a longer one.
+            covering = text.ljust(len(self._shown))
+            self._terminal.write(f"\r{covering}")
             self._terminal.flush()
             self._shown = text
         # Where no line can be rewritten, a line every few seconds is enough for a log.
@@ -7218,6 +7665,18 @@ class Progress:
             blank = " " * len(self._shown)
             self._terminal.write(f"\r{blank}\r")
         self._shown = ""
+
+
+# ==================================================================================================
+# PROJECTS
+# ==================================================================================================
+# The room of what a project says of itself: its configuration (load_config), its channel (Marker),
+# and whether its files may take effect: what is new is shown (trust_facts), asked about
+# (offer_trust) or refused (check_run_trust). It reads and writes below .llmstack/ and in
+# trust.json, and starts nothing.
+
+
+# ---- its configuration
 
 
 def _models_ini_bytes(places: Places) -> Tuple[bytes, str]:
@@ -7248,7 +7707,8 @@ def _path_from(base: str, path: str) -> str:
 def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) -> Config:
     """The project's configuration, or the bundled one. Errors: ConfigError, UserError."""
     data, source = _models_ini_bytes(places)
-    config, warnings = parse_models_ini(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    config, warnings = parse_models_ini(text, source)
     if warn is not None:
         for warning in warnings:
             warn(warning)
@@ -7267,16 +7727,13 @@ def load_config(places: Places, warn: Optional[Callable[[str], None]] = None) ->
 def ini_line(places: Places, section: str, key: str) -> str:
     """`models.ini:LINE` where a key, or else its section, stands. Errors: UserError."""
     data, source = _models_ini_bytes(places)
-    reader = IniReader(decode_models_ini(data, source), source)
+    text = decode_models_ini(data, source)
+    reader = IniReader(text, source)
     line = reader.line_of(section, key) or reader.line_of(section)
     return f"{source}:{line}"
 
 
-# ==================================================================================================
-# PROJECTS
-# ==================================================================================================
-# The room of what a project says of itself: its channel, and whether its files may take effect. It
-# reads and writes below .llmstack/ and in trust.json, and starts nothing.
+# ---- its channel
 
 
 class Marker(NamedTuple):
@@ -7300,11 +7757,12 @@ def parse_marker(text: str) -> Optional[Marker]:
     words = text.split()
     if words in (["current"], ["next"]):
         return Marker(words[0])
-    if len(words) != 2 or words[0] != "external":
+    if len(words) != 2:
         return None
-    if not _SAFE_URL.match(words[1]):
+    channel, url = words
+    if channel != "external" or not _SAFE_URL.match(url):
         return None
-    return Marker("external", words[1])
+    return Marker(channel, url)
 
 
 def render_marker(marker: Marker) -> str:
@@ -7325,8 +7783,16 @@ def _read_bytes(path: str) -> bytes:
 
 
 def read_marker(places: Places, name: str = "default-channel") -> Optional[Marker]:
-    return parse_marker(_read_bytes(places.in_state(name)).decode("utf-8", "replace"))
+    data = _read_bytes(places.in_state(name))
+    return parse_marker(data.decode("utf-8", "replace"))
 
+
+def pinned_marker(places: Places) -> Marker:
+    """What a project is pinned to: the current channel, where it says nothing else."""
+    return read_marker(places) or Marker("current")
+
+
+# ---- what takes effect, and the ledger of what is trusted
 
 # A cloned repository may bring a .llmstack/ along. What the shell hook hands to opencode, and what
 # `start` would run or send credentials to, takes effect only as it was when `install` wrote it
@@ -7364,8 +7830,8 @@ def _ini_effects(places: Places) -> List[Effect]:
     if places.models_ini != places.in_state("models.ini"):
         return []
     try:
-        text = decode_models_ini(read_regular(places.models_ini, MAX_INI_BYTES))
-        config, _ = parse_models_ini(text)
+        data = read_regular(places.models_ini, MAX_INI_BYTES)
+        config, _ = parse_models_ini(decode_models_ini(data))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as exc:
@@ -7374,7 +7840,8 @@ def _ini_effects(places: Places) -> List[Effect]:
         return [Effect("models.ini", problem=f"does not hold: {exc.problems[0]}")]
     effects = []
     for key, value in config_effects(config):
-        effects.append(Effect(f"models.ini {key}", value.encode(), f"= {value}"))
+        name = f"models.ini {key}"
+        effects.append(Effect(name, value.encode(), f"= {value}"))
     return effects
 
 
@@ -7383,19 +7850,19 @@ def _link_effects(places: Places) -> List[Effect]:
 
     Other files of ours replace a link that they find.
     """
-    logs = places.in_state("logs")
-    paths = [logs]
+    names = ["logs"]
     try:
-        names = sorted(os.listdir(logs))
-        paths += [os.path.join(logs, name) for name in names]
+        for log in sorted(os.listdir(places.in_state("logs"))):
+            names.append(os.path.join("logs", log))
     except OSError:
         # There are no logs yet, or a link leads to no directory.
         pass
     effects = []
-    for path in filter(os.path.islink, paths):
-        target = os.readlink(path)
-        name = os.path.relpath(path, places.state)
-        effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
+    for name in names:
+        path = places.in_state(name)
+        if os.path.islink(path):
+            target = os.readlink(path)
+            effects.append(Effect(name, os.fsencode(target), f"leads to {target}"))
     return effects
 
 
@@ -7429,26 +7896,21 @@ def trust_lock(places: Places) -> FileLock:
     return FileLock(os.path.join(places.data, "trust.lock"), lambda: None)
 
 
-def _ledger(places: Places) -> Dict[str, Any]:
-    return _read_json(trust_file(places.data))
-
-
-def _of_project(ledger: Mapping[str, Any], places: Places) -> Dict[str, Any]:
-    """What the ledger has of a project, part by part."""
-    return dict_of(ledger.get(os.path.realpath(places.state)))
+def _read_ledger(places: Places) -> Tuple[Dict[str, Any], str]:
+    """The ledger, and the name of this project in it."""
+    return _read_json(trust_file(places.data)), os.path.realpath(places.state)
 
 
 def _known(places: Places, what: str) -> Dict[str, Any]:
     """Name -> digest, as the ledger has it for this project; `what` is a part or "written"."""
-    return dict_of(_of_project(_ledger(places), places).get(what))
+    ledger, project = _read_ledger(places)
+    return dict_of(dict_of(ledger.get(project)).get(what))
 
 
-def _note(places: Places, what: str, known: Mapping[str, str]) -> None:
-    """Write into the ledger, for who holds the trust_lock. Errors: UserError."""
-    ledger = _ledger(places)
-    project = _of_project(ledger, places)
-    project[what] = dict(known)
-    ledger[os.path.realpath(places.state)] = project
+def _write_known(places: Places, what: str, known: Mapping[str, str]) -> None:
+    """Make `known` what _known reads, for who holds the trust_lock. Errors: UserError."""
+    ledger, project = _read_ledger(places)
+    ledger[project] = {**dict_of(ledger.get(project)), what: known}
     # "" sorts first, so this is the second line of the file: there shell hooks look for news.
     ledger[""] = f"{time.time():.6f}"
     text = json.dumps(ledger, indent=1, sort_keys=True)
@@ -7460,8 +7922,7 @@ def untrusted(places: Places, part: str, effects: Sequence[Effect]) -> List[Effe
     known = _known(places, part)
     new = []
     for effect in effects:
-        is_known = known.get(effect.name) == _digest(effect.data)
-        if effect.problem or not is_known:
+        if effect.problem or known.get(effect.name) != _digest(effect.data):
             new.append(effect)
     return new
 
@@ -7483,8 +7944,11 @@ def check_links(places: Places) -> None:
 
 def record_effects(places: Places, part: str, effects: Sequence[Effect]) -> None:
     """Trust these of a part and no other, for who holds the trust_lock; a problem stays out."""
-    whole = [effect for effect in effects if not effect.problem]
-    _note(places, part, {effect.name: _digest(effect.data) for effect in whole})
+    known = {}
+    for effect in effects:
+        if not effect.problem:
+            known[effect.name] = _digest(effect.data)
+    _write_known(places, part, known)
 
 
 def trust_project(places: Places, *parts: str) -> None:
@@ -7496,8 +7960,7 @@ def trust_project(places: Places, *parts: str) -> None:
 
 def _is_ours(places: Places, name: str, data: bytes) -> bool:
     """True for the bytes of a file in .llmstack/ that we wrote there last."""
-    written = _known(places, "written")
-    return written.get(name) == _digest(data)
+    return bool(_known(places, "written").get(name) == _digest(data))
 
 
 def _remember(places: Places, name: str, data: bytes) -> None:
@@ -7505,7 +7968,163 @@ def _remember(places: Places, name: str, data: bytes) -> None:
     with trust_lock(places):
         written = _known(places, "written")
         written[name] = _digest(data)
-        _note(places, "written", written)
+        _write_known(places, "written", written)
+
+
+# ---- what is shown of it, and asked
+
+
+def untrusted_line(places: Places) -> str:
+    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
+            " then run `llmstack trust`")
+
+
+def check_run_trust(places: Places) -> None:
+    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
+    if is_trusted(places, "run"):
+        return
+    # Another start may have been writing litellm_config.yaml in that moment.
+    with trust_lock(places):
+        new = untrusted(places, "run", part_effects(places, "run"))
+    for effect in new:
+        if effect.problem:
+            # Of a models.ini this says more.
+            load_config(places)
+            path = visible(places.in_state(effect.name))
+            raise UserError(f"{path} {visible(effect.problem)}",
+                            "it cannot be trusted so: mend it, or move it away")
+    if new:
+        names = ", ".join(effect.name for effect in new)
+        raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
+                        f" programs, addresses or other files are named by {visible(names)}",
+                        "look at it, then run `llmstack trust`; an edit of your own needs that,"
+                        " too")
+
+
+# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
+# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
+# hook) is what a clone would use.
+_HARMLESS = [line.split() for line in """\
+$schema
+autoupdate
+disabled_providers
+provider * name
+provider * options headerTimeout
+provider * options chunkTimeout
+provider * models * name
+provider * models * limit
+provider * models * cost
+provider * models * reasoning
+provider * models * tool_call
+provider * models * temperature
+agent * description
+agent * mode
+agent * temperature
+command * description
+command * agent
+""".splitlines()]
+
+
+def _is_harmless(path: Sequence[str], value: Any) -> bool:
+    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
+    if value in ("deny", "disabled"):
+        return True
+    for known in _HARMLESS:
+        # All that lies below a harmless key is harmless, too.
+        if len(path) < len(known):
+            continue
+        if all(word in ("*", key) for word, key in zip(known, path)):
+            return True
+    return False
+
+
+def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
+    """(path, text) of each value of an opencode.json that may do harm."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _harmful_values(inner, (*path, str(key)))
+    elif not _is_harmless(path, value):
+        name = ".".join(("opencode.json", *path))
+        if not isinstance(value, str):
+            value = json.dumps(value)
+        yield name, value
+
+
+SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
+
+
+def _config_rows(text: str) -> List[Tuple[str, str]]:
+    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
+    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
+    shown = lines[:SHOWN_LINES]
+    more = len(lines) - len(shown)
+    if more:
+        shown.append(f"and {more} more lines")
+    return [("litellm_config.yaml", line) for line in shown]
+
+
+def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
+    """(what it is, its value) of what a thing to be trusted would do."""
+    name = effect.name
+    if effect.problem or effect.shown:
+        return [(name, effect.problem or effect.shown)]
+    text = effect.data.decode("utf-8", "replace")
+    if name == "litellm_config.yaml":
+        return _config_rows(text)
+    if name == "default-channel":
+        return [(name, text.strip())]
+    if name != "opencode.json":
+        return [(name, f"{len(text.splitlines())} lines")]
+    try:
+        return list(_harmful_values(json.loads(text), ()))
+    except (ValueError, RecursionError):
+        return [(name, "is not plain JSON; read it yourself")]
+
+
+def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
+    """The lines that show what is to be trusted, fit to print."""
+    rows = [("project", places.work)]
+    for effect in effects:
+        rows += _effect_rows(effect)
+    width = 0
+    shown = []
+    for name, value in rows:
+        name = visible(name, 80)
+        width = max(width, len(name))
+        shown.append((name, visible(value)))
+    return [f"{name:<{width}}  {value}" for name, value in shown]
+
+
+def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
+    """Trust just these, part by part. Errors: UserError."""
+    with trust_lock(places):
+        for part, shown in effects.items():
+            record_effects(places, part, shown)
+
+
+def offer_trust(places: Places, say: Say, ask: Ask) -> None:
+    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
+
+    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
+    Errors: UserError.
+    """
+    if all(is_trusted(places, part) for part in _PARTS):
+        return
+    new: List[Effect] = []
+    # Another start may have been writing litellm_config.yaml in that moment.
+    with trust_lock(places):
+        effects = project_effects(places)
+        for part, of_part in effects.items():
+            new += untrusted(places, part, of_part)
+    # Where no more than problems is new, check_run_trust says what they are.
+    if all(effect.problem for effect in new):
+        return
+    facts = "\n".join(trust_facts(places, new))
+    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
+        trust_effects(places, effects)
+        say("Trusted as it is now.")
 
 
 # ==================================================================================================
@@ -7523,28 +8142,41 @@ def _remember(places: Places, name: str, data: bytes) -> None:
 STACK_VARIABLE = "LLMSTACK_STACK"               # <kind>-<random>:<project>, see new_mark
 
 
+def _percent_code(found: Match[bytes]) -> bytes:
+    return b"%%%02X" % ord(found.group())
+
+
 def _project_code(project: str) -> str:
     """A project's real path as it stands in a mark: without blanks, which ps cannot tell apart."""
     # Two spellings of one directory are one project.
-    path = os.fsencode(os.path.normcase(os.path.realpath(project)))
-    code = re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"%%%02X" % ord(found.group()), path)
+    path = os.path.normcase(os.path.realpath(project))
+    # urllib can quote, but its import would cost each shell prompt some milliseconds.
+    code = re.sub(rb"[^A-Za-z0-9/._-]", _percent_code, os.fsencode(path))
     return code.decode("ascii")
 
 
 def new_mark(project: str, kind: str = "stack") -> str:
     """A mark for one start in `project`; nobody else can have it."""
-    return f"{kind}-{os.urandom(12).hex()}:{_project_code(project)}"
+    start = os.urandom(12).hex()
+    return f"{kind}-{start}:{_project_code(project)}"
 
 
 def _marked_project(mark: str) -> str:
     """The project that a mark names, "" where it names none."""
     from urllib.parse import unquote_to_bytes
-    return os.fsdecode(unquote_to_bytes(mark.partition(":")[2]))
+    code = mark.partition(":")[2]
+    return os.fsdecode(unquote_to_bytes(code))
+
+
+# Of /proc/PID/stat, counted behind the program's name: the process's start in ticks since boot.
+_STAT_START = 19
 
 
 def _linux_stat(pid: int) -> List[str]:
     """The fields of /proc/PID/stat behind the program's name, [] where there are none."""
-    return read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    # A program's name may hold blanks and parentheses itself.
+    _, _, fields = read_text(f"/proc/{pid}/stat").rpartition(")")
+    return fields.split()
 
 
 def _is_empty_shell(pid: int) -> bool:
@@ -7557,11 +8189,13 @@ def _is_empty_shell(pid: int) -> bool:
 
 def _linux_started(pid: int) -> str:
     fields = _linux_stat(pid)
-    if not fields or (fields[0] in "ZX" and _is_empty_shell(pid)):
+    if not fields:
+        return ""
+    if fields[0] in "ZX" and _is_empty_shell(pid):
         return ""
     # Ticks since boot come again after the next boot; the boot's own id does not.
-    boot = read_text("/proc/sys/kernel/random/boot_id").strip()[:8]
-    return f"{boot}-{fields[19]}"
+    boot = read_text("/proc/sys/kernel/random/boot_id")
+    return f"{boot[:8]}-{fields[_STAT_START]}"
 
 
 def _windows_started(pid: int) -> str:
@@ -7584,7 +8218,8 @@ def _windows_started(pid: int) -> str:
 
 def _ps_says(pid: int, field: str) -> str:
     """What ps tells of one process, "" where it is gone."""
-    return program_output(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]).strip()
+    command = ["ps", "-ww", "-o", f"{field}=", "-p", str(pid)]
+    return program_output(command).strip()
 
 
 def process_started(pid: int) -> str:
@@ -7600,7 +8235,9 @@ def process_started(pid: int) -> str:
         return _linux_started(pid)
     if _ps_says(pid, "stat").startswith("Z"):
         return ""
-    return " ".join(_ps_says(pid, "lstart").split())
+    # ps pads the day of the month with a blank.
+    words = _ps_says(pid, "lstart").split()
+    return " ".join(words)
 
 
 def process_age_s(pid: int) -> Optional[float]:
@@ -7608,7 +8245,8 @@ def process_age_s(pid: int) -> Optional[float]:
     fields = _linux_stat(pid)
     if fields:
         up_s = float(read_text("/proc/uptime").split()[0])
-        return up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        started_s = int(fields[_STAT_START]) / os.sysconf("SC_CLK_TCK")
+        return up_s - started_s
     # Of macOS: DAYS-HOURS:MINUTES:SECONDS, without what is nothing.
     words = re.findall(r"[0-9]+", _ps_says(pid, "etime"))
     if not words:
@@ -7620,10 +8258,8 @@ def process_age_s(pid: int) -> Optional[float]:
 
 
 def _all_pids() -> List[int]:
-    """Every process of this machine but this one, on Linux."""
-    names = os.listdir("/proc")
-    pids = {int(name) for name in names if name.isdigit()}
-    return sorted(pids - {os.getpid()})
+    """Every process of this machine, on Linux."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _has_proc() -> bool:
@@ -7652,14 +8288,18 @@ def _variables(words: Iterable[str]) -> Dict[str, str]:
 
 def _ps_environments(*which: str) -> Dict[int, Dict[str, str]]:
     """Process -> its environment, which ps writes behind the command line."""
-    bare = _ps("-ww", *which, "-o", "pid=,command=")
-    whole = _ps("-wwE", *which, "-o", "pid=,command=")
+    shown = (*which, "-o", "pid=,command=")
+    bare = _ps("-ww", *shown)
+    whole = _ps("-wwE", *shown)
     found = {}
     for pid, text in whole.items():
         command = bare.get(pid, text)
+        # Another process may have got the number between the two calls.
+        if not text.startswith(command):
+            continue
         words = text[len(command):].split()
         # A process that hides its environment prints the same text both times.
-        if words and text.startswith(command):
+        if words:
             found[pid] = _variables(words)
     return found
 
@@ -7671,29 +8311,33 @@ def process_environment(pid: int) -> Optional[Dict[str, str]]:
     if not _has_proc():
         return _ps_environments("-p", str(pid)).get(pid)
     try:
-        return _variables(os.fsdecode(read_regular(f"/proc/{pid}/environ")).split("\0"))
+        data = read_regular(f"/proc/{pid}/environ")
     except OSError:
         return None
+    return _variables(os.fsdecode(data).split("\0"))
 
 
 def process_command(pid: int) -> List[str]:
     """The words of a process's command line, [] where they cannot be told."""
     if IS_WINDOWS:
-        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={int(pid)}).CommandLine"
+        query = f"(Get-CimInstance Win32_Process -Filter ProcessId={pid}).CommandLine"
         return program_output(["powershell", "-NoProfile", "-Command", query]).split()
     if not _has_proc():
         return _ps_says(pid, "command").split()
     try:
-        return os.fsdecode(read_regular(f"/proc/{pid}/cmdline")).split("\0")
+        data = read_regular(f"/proc/{pid}/cmdline")
     except OSError:
         return []
+    return os.fsdecode(data).split("\0")
 
 
 def process_user(pid: int) -> Optional[int]:
     """The number of the user a process runs as; None where that cannot be told."""
     if IS_WINDOWS:
         return None
-    found = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    # The second number is the effective user.
+    status = read_text(f"/proc/{pid}/status")
+    found = re.search(r"^Uid:\s+\d+\s+(\d+)", status, re.MULTILINE)
     if found:
         return int(found.group(1))
     uid = _ps_says(pid, "uid")
@@ -7714,12 +8358,10 @@ def _marks() -> Dict[int, str]:
         environments = {pid: process_environment(pid) for pid in _all_pids()}
     elif not IS_WINDOWS:
         environments = _ps_environments("-ax")
-    marks = {}
-    for pid, environment in environments.items():
-        mark = _mark_in(environment)
-        if mark and pid != os.getpid():
-            marks[pid] = mark
-    return marks
+    marks = {pid: _mark_in(environment) for pid, environment in environments.items()}
+    # Whoever stops what carries a mark goes on itself.
+    marks.pop(os.getpid(), None)
+    return {pid: mark for pid, mark in marks.items() if mark}
 
 
 def stack_members(stack: str) -> Dict[int, str]:
@@ -7727,15 +8369,12 @@ def stack_members(stack: str) -> Dict[int, str]:
     return {pid: mark for pid, mark in _marks().items() if mark == stack}
 
 
-def project_members(project: str, kind: str = "stack") -> Dict[int, str]:
-    """Living processes that were started for `project`, records or none: (pid -> mark)."""
-    code = _project_code(project)
-    found = {}
-    for pid, mark in _marks().items():
-        start, _, marked = mark.partition(":")
-        if start.startswith(f"{kind}-") and marked == code:
-            found[pid] = mark
-    return found
+def project_members(project: str) -> Dict[int, str]:
+    """Living processes of a project's stack, records or none: (pid -> mark)."""
+    end = ":" + _project_code(project)
+    # A worker that downloads for the project outlives its stack; its mark begins otherwise.
+    return {pid: mark for pid, mark in _marks().items()
+            if mark.startswith("stack-") and mark.endswith(end)}
 
 
 class Record(NamedTuple):
@@ -7767,7 +8406,7 @@ def record_is_ours(record: Record, project: str) -> bool:
     return record.stack.partition(":")[2] == _project_code(project)
 
 
-MAX_PID = 2 ** 32 - 1
+MAX_PID = 2 ** 32 - 1                           # of Windows; other systems' are smaller
 
 
 def _is_recorded(name: str, value: Any) -> bool:
@@ -7775,8 +8414,6 @@ def _is_recorded(name: str, value: Any) -> bool:
     if name in ("port", "engine_port"):
         # A bool is an int, too.
         return type(value) is int and 0 <= value < 65_536
-    if name in ("started", "stack") and not value:
-        return False
     return isinstance(value, str) and value.isprintable()
 
 
@@ -7788,17 +8425,22 @@ def parse_record(text: str) -> Optional[Record]:
     pid = int(number)
     if not 1 < pid <= MAX_PID:
         return None
-    values = {"started": "", "stack": "", **Record._field_defaults, **parse_json_object(rest)}
-    fields = {name: values[name] for name in Record._fields[1:]}
-    if not all(_is_recorded(name, value) for name, value in fields.items()):
-        return None
+    values = {**Record._field_defaults, **parse_json_object(rest)}
+    # What a newer version may have written beside them is no fault.
+    fields: Dict[str, Any] = {}
+    for name in Record._fields[1:]:
+        value = values.get(name)
+        if not _is_recorded(name, value):
+            return None
+        fields[name] = value
     return Record(pid, **fields)
 
 
 def write_record(path: str, record: Record) -> None:
     values = record._asdict()
-    pid = values.pop("pid")
-    write_atomic(path, f"{pid}\n{json.dumps(values)}\n")
+    del values["pid"]
+    rest = json.dumps(values)
+    write_atomic(path, f"{record.pid}\n{rest}\n")
 
 
 def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
@@ -7811,22 +8453,31 @@ def _settled_environment(pid: int) -> Optional[Dict[str, str]]:
     return environment
 
 
-def owned_process(record: Optional[Record], project: str) -> bool:
-    """True where a record's process is alive and proves to be what was started for `project`.
+def _is_proven(record: Record) -> bool:
+    """True where the living process of a record is the one that it was written for.
 
     The proof is the mark in its environment, or, where no environment can be read, that it runs our
     program or reads what stands in the project's .llmstack/.
     """
-    if record is None or not record_is_ours(record, project) or not record.alive:
-        return False
     environment = _settled_environment(record.pid)
     if environment is not None:
         # A mark of the same project from another start is another process.
         return _mark_in(environment) == record.stack
-    command = os.path.normcase(" ".join(process_command(record.pid)))
-    program = os.path.normcase(os.path.basename(PROGRAM))
-    state = os.path.normcase(os.path.join(record.project, ".llmstack"))
-    return program in command or state in command
+    command = " ".join(process_command(record.pid))
+    # Windows writes the same path in upper and lower case.
+    command = os.path.normcase(command)
+    program = os.path.basename(PROGRAM)
+    if os.path.normcase(program) in command:
+        return True
+    state = os.path.join(record.project, ".llmstack")
+    return os.path.normcase(state) in command
+
+
+def owned_process(record: Optional[Record], project: str) -> bool:
+    """True where a record's process is alive and proves to be what was started for `project`."""
+    if record is None or not record_is_ours(record, project):
+        return False
+    return record.alive and _is_proven(record)
 
 
 def proven_record(text: str, project: str) -> Optional[Record]:
@@ -7838,7 +8489,7 @@ def proven_record(text: str, project: str) -> Optional[Record]:
     record = parse_record(text)
     if record is None or not record_is_ours(record, project):
         return None
-    if record.alive and not owned_process(record, project):
+    if record.alive and not _is_proven(record):
         return None
     return record
 
@@ -7849,7 +8500,8 @@ def read_record(path: str) -> Optional[Record]:
     A link in the file's place makes it nobody else's.
     """
     state = os.path.realpath(os.path.dirname(path))
-    return proven_record(read_text(path), os.path.dirname(state))
+    project = os.path.dirname(state)
+    return proven_record(read_text(path), project)
 
 
 def _signal_process(pid: int, number: int) -> None:
@@ -7893,8 +8545,8 @@ def spawn(command: Sequence[str], log: str, env: Mapping[str, str]) -> Any:
     # The child has its own copy of the descriptor.
     with output:
         try:
-            return subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=output, env=dict(env), close_fds=True, **flags)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
+                                    stderr=output, env=env, **flags)
         except OSError as exc:
             raise UserError(f"cannot start {command[0]}: {exc.strerror}", "reinstall it") from None
 
@@ -7947,26 +8599,16 @@ def stop_process(pid: int, started: str, grace_s: float, reap: Callable[[], Any]
     return False
 
 
-def _stop_marked(marks: Mapping[int, str]) -> int:
+def stop_members(members: Mapping[int, str]) -> int:
     """Stop processes that were found by their mark; returns how many there were."""
     stopped = 0
-    for pid, mark in marks.items():
+    for pid, mark in members.items():
         started = process_started(pid)
         # Meanwhile another process may have got the number.
         if _mark_in(process_environment(pid)) == mark:
             stop_process(pid, started, 2.0)
             stopped += 1
     return stopped
-
-
-def stop_stack_members(stack: str) -> int:
-    """Stop what is left of one start; returns how many there were."""
-    return _stop_marked(stack_members(stack))
-
-
-def stop_project_members(project: str, kind: str = "stack") -> int:
-    """Stop all that was started for a project, though no record is left; returns how many."""
-    return _stop_marked(project_members(project, kind))
 
 
 def stop_recorded(record: Record, project: str, grace_s: float) -> int:
@@ -7977,11 +8619,14 @@ def stop_recorded(record: Record, project: str, grace_s: float) -> int:
     """
     if not record_is_ours(record, project):
         return 0
-    stopped = int(owned_process(record, project))
-    if stopped and not stop_process(record.pid, record.started, grace_s):
-        raise UserError(f"{record.kind} (pid {record.pid}) does not stop",
-                        f"end it by hand: kill -9 {record.pid}")
-    return stopped + stop_stack_members(record.stack)
+    pid = record.pid
+    stopped = 0
+    if owned_process(record, project):
+        stopped = 1
+        if not stop_process(pid, record.started, grace_s):
+            raise UserError(f"{record.kind} (pid {pid}) does not stop",
+                            f"end it by hand: kill -9 {pid}")
+    return stopped + stop_members(stack_members(record.stack))
 
 
 def _group_of(pid: int) -> int:
@@ -7991,12 +8636,18 @@ def _group_of(pid: int) -> int:
         return 0
 
 
+# EACCES is what a port below 1024 gives; then the same two as Windows numbers them.
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES, 10_048, 10_013)
+
+
 def _listen_once(host: str, port: int) -> int:
     """The port that can be listened on now: this one, of 0 any; 0 where it is taken.
 
     Errors: UserError for an address that is none of this machine's.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    family = socket.AF_INET
+    if ":" in host:
+        family = socket.AF_INET6
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         if not IS_WINDOWS:
             # What is in TIME_WAIT is free. On Windows the option would share a port in use.
@@ -8004,8 +8655,7 @@ def _listen_once(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as exc:
-            taken = exc.errno in (errno.EADDRINUSE, errno.EACCES)
-            if taken or getattr(exc, "winerror", 0) in (10_013, 10_048):
+            if exc.errno in _PORT_TAKEN or getattr(exc, "winerror", 0) in _PORT_TAKEN:
                 return 0
             raise UserError(f"cannot listen on {host}: {exc.strerror or exc}",
                             "choose an address of this machine", 2) from None
@@ -8024,12 +8674,13 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None and time.monotonic() < end:
             time.sleep(0.02)
             continue
-        problem = f"exited with {code}"
+        problem = f"exited with {code} at start"
         if code is None:
-            problem = f"did not answer within {patience_s} s"
+            problem = f"did not answer within {patience_s} s at start"
+        # What stood in the log before is of an earlier start.
         if file_size(log) > log_bytes:
-            raise UserError(f"{what} {problem} at start:\n{tail_of(log)}", f"see {log}")
-        raise UserError(f"{what} {problem} at start", f"see {log}")
+            problem += f":\n{tail_of(log)}"
+        raise UserError(f"{what} {problem}", f"see {log}")
 
 
 def port_is_free(host: str, port: int) -> bool:
@@ -8064,14 +8715,15 @@ def _linux_sockets(port: int) -> Dict[str, int]:
     """Sockets that listen on `port`, with the number of their user."""
     found = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        # The columns are proc(5)'s; both queues are one word, and so are the timer and its time.
         for row in read_text(table).splitlines()[1:]:
-            fields = row.split()
-            address, _, number = fields[1].rpartition(":")
-            # 0A is LISTEN.
-            listens = fields[3] == "0A" and int(number, 16) == port
-            if listens and address in _LOCAL_ADDRESSES:
-                user, inode = int(fields[7]), fields[9]
-                found[f"socket:[{inode}]"] = user
+            _, local, _, state, _, _, _, user, _, inode = row.split()[:10]
+            address, _, number = local.rpartition(":")
+            if address not in _LOCAL_ADDRESSES or int(number, 16) != port:
+                continue
+            # LISTEN.
+            if state == "0A":
+                found[f"socket:[{inode}]"] = int(user)
     return found
 
 
@@ -8092,13 +8744,17 @@ def _linux_listeners(port: int) -> Set[int]:
     sockets = _linux_sockets(port)
     if not sockets:
         return set()
-    pids = [*_all_pids(), os.getpid()]
-    return {pid for pid in pids if sockets.keys() & set(_open_files(pid))}
+    holders = set()
+    for pid in _all_pids():
+        if not sockets.keys().isdisjoint(_open_files(pid)):
+            holders.add(pid)
+    return holders
 
 
 def _windows_listeners(netstat: str, port: int) -> Set[int]:
     """Whose foreign end has no port listens; the word for that state is in the user's language."""
-    found = re.findall(rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$", netstat, re.MULTILINE)
+    row = rf"TCP +\S+:{port} +\S+:0 .* ([0-9]+)\s*$"
+    found = re.findall(row, netstat, re.MULTILINE)
     return {int(pid) for pid in found}
 
 
@@ -8111,15 +8767,19 @@ def listeners(port: int) -> Set[int]:
     if os.path.exists("/proc/net/tcp"):
         return _linux_listeners(port)
     if IS_WINDOWS:
-        return _windows_listeners(program_output(["netstat", "-ano"]), port)
-    listed = program_output(["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"])
-    return {int(pid) for pid in listed.split() if pid.isdigit()}
+        netstat = program_output(["netstat", "-ano"])
+        return _windows_listeners(netstat, port)
+    command = ["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]
+    words = program_output(command).split()
+    return {int(pid) for pid in words if pid.isdigit()}
 
 
 def _is_llmstack(pid: int) -> bool:
     """True for a daemon of ours, whosever, by the first words of its command line."""
+    # The program itself, or Python and then the program.
     words = process_command(pid)[:2]
-    return any(re.search(r"(^|[/\\])llmstack(\.pyz?)?\Z", word) for word in words)
+    program = re.compile(r"(^|[/\\])llmstack(\.pyz?)?\Z")
+    return any(map(program.search, words))
 
 
 def _hidden_holder(port: int) -> str:
@@ -8144,15 +8804,20 @@ def port_holder(port: int) -> str:
         return _hidden_holder(port)
     user = process_user(pid)
     if user is not None and user != os.geteuid():
-        what = "llmstack" if _is_llmstack(pid) else "program"
+        what = "program"
+        if _is_llmstack(pid):
+            what = "llmstack"
         return f"another user's {what} (pid {pid})"
-    project = _marked_project(_mark_in(process_environment(pid)))
+    mark = _mark_in(process_environment(pid))
+    project = _marked_project(mark)
     if project:
         return f"the llmstack of {visible(project)} (pid {pid})"
     name = read_text(f"/proc/{pid}/comm").strip()
     if not name:
         name = os.path.basename(_ps_says(pid, "comm"))
-    return f"{visible(name, 80) or 'a program'} (pid {pid})"
+    # Any process may give itself any name.
+    name = visible(name, 80) or "a program"
+    return f"{name} (pid {pid})"
 
 
 # ==================================================================================================
@@ -8204,7 +8869,9 @@ def environment_dir(wanted: PrivateEnvironment, data: str) -> str:
 
 def environment_program(wanted: PrivateEnvironment, data: str) -> str:
     """The Python of an environment, whether or not that is there."""
-    folder = "Scripts" if IS_WINDOWS else "bin"
+    folder = "bin"
+    if IS_WINDOWS:
+        folder = "Scripts"
     return os.path.join(environment_dir(wanted, data), folder, "python" + EXE)
 
 
@@ -8212,15 +8879,17 @@ def _has_its_python(directory: str, python: str) -> bool:
     """True where the Python that an environment stands on is the one it was made with."""
     settings = read_text(os.path.join(directory, "pyvenv.cfg"))
     home = re.search(r"^home *= *(.+?) *$", settings, re.MULTILINE)
-    if home is None or not os.path.isdir(home.group(1)):
+    if home is None or not os.path.isdir(home[1]):
         return False
     if not os.path.exists(python):
         return False
     # /usr/bin/python3 may be a newer one by now, which does not look where the packages are.
     name = os.path.basename(os.path.realpath(python))
+    # Where its name tells no version, as on Windows, no directory does.
     if not re.match(r"python3\.[0-9]+t?\Z", name):
         return True
-    return os.path.isdir(os.path.join(directory, "lib", name))
+    packages = os.path.join(directory, "lib", name)
+    return os.path.isdir(packages)
 
 
 def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
@@ -8228,7 +8897,8 @@ def environment_ready(wanted: PrivateEnvironment, data: str) -> bool:
     directory = environment_dir(wanted, data)
     if not os.path.exists(os.path.join(directory, "ready")):
         return False
-    return _has_its_python(directory, environment_program(wanted, data))
+    python = environment_program(wanted, data)
+    return _has_its_python(directory, python)
 
 
 def _launched_python(minor: int) -> str:
@@ -8254,7 +8924,7 @@ def suitable_python(wanted: PrivateEnvironment) -> str:
     if sys.version_info[1] in minors:
         return sys.executable
     for minor in reversed(minors):
-        python = find_program(f"python3.{minor}" + EXE) or _launched_python(minor)
+        python = find_program(f"python3.{minor}{EXE}") or _launched_python(minor)
         if python and _is_python(python, minor):
             return python
     return ""
@@ -8276,24 +8946,24 @@ def run_with_progress(what: str, command: Sequence[str],
     import tempfile
     began = time.monotonic()
     with tempfile.TemporaryFile() as output, Progress(say, live_terminal()) as progress:
-        process = subprocess.Popen(list(command), stdin=subprocess.DEVNULL, stdout=output,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=output, start_new_session=not IS_WINDOWS)
         try:
             while not _ends_within(process, 1):
-                progress.show(f"  {what}: {time.monotonic() - began:.0f} s")
+                passed_s = time.monotonic() - began
+                progress.show(f"  {what}: {passed_s:.0f} s")
         except BaseException:
             # pip and ensurepip have children of their own.
             _signal_group(process.pid, True)
             process.wait()
             raise
+        passed_s = time.monotonic() - began
+        if not process.returncode:
+            progress.say(f"  {what}: done in {passed_s:.0f} s")
+            return None
+        progress.say(f"  {what}: failed after {passed_s:.0f} s")
         output.seek(0)
-        text = output.read().decode("utf-8", "replace")
-        passed = time.monotonic() - began
-        if process.returncode:
-            progress.say(f"  {what}: failed after {passed:.0f} s")
-            return text
-        progress.say(f"  {what}: done in {passed:.0f} s")
-    return None
+        return output.read().decode("utf-8", "replace")
 
 
 def outside_pip(python: str) -> List[str]:
@@ -8301,10 +8971,12 @@ def outside_pip(python: str) -> List[str]:
 
     -I keeps a pip.py of the current directory from being taken for it.
     """
+    # Most of the time both are the same.
     for candidate in dict.fromkeys((python, sys.executable)):
         command = [candidate, "-I", "-m", "pip"]
-        version = re.match(r"pip ([0-9]+)\.([0-9]+)", program_output([*command, "--version"]))
-        if version and (int(version.group(1)), int(version.group(2))) >= OLDEST_PIP:
+        said = program_output([*command, "--version"])
+        version = re.match(r"pip ([0-9]+)\.([0-9]+)", said)
+        if version and tuple(map(int, version.groups())) >= OLDEST_PIP:
             return command
     return []
 
@@ -8313,11 +8985,27 @@ def _requirement_words(wanted: PrivateEnvironment, directory: str) -> List[str]:
     """What pip is to install: by hash where all hashes are known, else by version."""
     if not wanted.hashes:
         return [wanted.requirement]
-    words = [wanted.requirement]
-    words += [f"--hash=sha256:{digest}" for digest in wanted.hashes]
+    # pip takes hashes from a file alone.
+    line = wanted.requirement
+    for digest in wanted.hashes:
+        line += f" --hash=sha256:{digest}"
     path = os.path.join(directory, "requirements.txt")
-    write_atomic(path, " ".join(words) + "\n")
+    write_atomic(path, line + "\n")
     return ["--no-deps", "--require-hashes", "-r", path]
+
+
+def _install_error(wanted: PrivateEnvironment, what: str, output: str) -> UserError:
+    """What to say where a step of an installation has failed."""
+    hint = "see that PyPI can be reached, then again"
+    # Debian keeps venv's part of Python in a package of its own.
+    if "ensurepip" in output:
+        hint = "apt install python3-venv, then again"
+    if wanted.otherwise:
+        hint += f"; {wanted.otherwise}"
+    # pip and venv say the reason last.
+    said = output.strip() or "no reason given"
+    reason = said.splitlines()[-1]
+    return UserError(f"the {what} failed: {reason}", hint)
 
 
 def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
@@ -8328,7 +9016,8 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
     """
     import shutil
     directory = environment_dir(wanted, data)
-    if os.path.exists(os.path.join(directory, "ready")):
+    ready = os.path.join(directory, "ready")
+    if os.path.exists(ready):
         say(f"The Python that {directory} was made with is gone, so it is made anew")
     say(f"Installing {wanted.what} into {directory}")
     shutil.rmtree(directory, ignore_errors=True)
@@ -8340,25 +9029,19 @@ def _make_environment(wanted: PrivateEnvironment, data: str, python: str,
         make.append("--without-pip")
         pip = [*outside, "--python", inside]
     pip += ["install", "--disable-pip-version-check", "--only-binary", ":all:"]
+    pip += _requirement_words(wanted, directory)
     steps = (
         ("environment", make),
-        ("download and install", [*pip, *_requirement_words(wanted, directory)]),
+        ("download and install", pip),
         ("first start", [inside, "-c", f"import {wanted.module}"]),
     )
     for what, command in steps:
         output = run_with_progress(what, command, say)
-        if output is None:
-            continue
-        shutil.rmtree(directory, ignore_errors=True)
-        # pip and venv say the reason last.
-        said = output.strip() or "no reason given"
-        reason = said.splitlines()[-1]
-        hint = "see that PyPI can be reached, then again"
-        # Debian keeps venv's part of Python in a package of its own.
-        if "ensurepip" in output:
-            hint = "apt install python3-venv, then again"
-        raise UserError(f"the {what} failed: {reason}", f"{hint}; {wanted.otherwise}".rstrip("; "))
-    write_atomic(os.path.join(directory, "ready"), wanted.version + "\n")
+        if output is not None:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise _install_error(wanted, what, output)
+    # Last: an environment without it is made anew.
+    write_atomic(ready, wanted.version + "\n")
 
 
 def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[str], None]) -> None:
@@ -8368,12 +9051,14 @@ def install_environment(wanted: PrivateEnvironment, data: str, say: Callable[[st
     """
     if environment_ready(wanted, data):
         return
+    what = wanted.what
     python = suitable_python(wanted)
     if not python:
-        raise UserError(f"{wanted.what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
+        raise UserError(f"{what} needs Python 3.{wanted.oldest} to 3.{wanted.newest},"
                         " and there is none on PATH", wanted.otherwise)
     lock = os.path.join(data, wanted.name, "lock")
-    with FileLock(lock, lambda: say(f"Another llmstack is installing {wanted.what}; waiting")):
+    with FileLock(lock, lambda: say(f"Another llmstack is installing {what}; waiting")):
+        # Whoever held the lock may have made it.
         if not environment_ready(wanted, data):
             _make_environment(wanted, data, python, say)
 
@@ -9283,8 +9968,7 @@ class _Answer:
 # The first event of a stream that is no comment, whole.
 _EVENT = re.compile(
     rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-_ERROR_EVENT = re.compile(
-    rb'event:\s*error|(?:\A|\n)data:\s*\{\s*"(?:type"\s*:\s*"error|error"\s*:)')
+_EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
@@ -9307,9 +9991,24 @@ def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
     return payload
 
 
+def _says_error(event: bytes) -> bool:
+    """Whether an event is an error, in any of the shapes that servers and providers give it."""
+    if event.startswith((b"event: error", b"event:error")):
+        return True
+    found = _EVENT_JSON.search(event)
+    if b"error" not in event or found is None:
+        return False
+    try:
+        said = json.loads(found.group(1))
+    except (ValueError, RecursionError):        # cut short: it is longer than errors are
+        return False
+    failed = said.get("type") in ("error", "response.failed")
+    return failed or said.get("object") == "error" or bool(said.get("error"))
+
+
 def event_error(event: bytes) -> int:
     """The status that an error event stands for, 0 for an event that is none."""
-    if not _ERROR_EVENT.search(event):
+    if not _says_error(event):
         return 0
     code = _ERROR_CODE.search(event)
     if code is None:
@@ -9607,7 +10306,8 @@ class Server:
     Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
     """
 
-    def __init__(self, host: str, port: int, app: App, most: int, head_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
+                 head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
         self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
         self._core = core_here()                # that its connections' threads keep to
         self._lock = threading.Lock()
@@ -9743,12 +10443,6 @@ class Server:
             del self._refused[:most]
         for client in closing:                  # without the lock: it waits for what is unread
             client.close()
-
-
-def make_server(host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
-                head_timeout_s: float = HEAD_TIMEOUT_S) -> Server:
-    """A listening server; serve_forever() answers. Errors: OSError."""
-    return Server(host, port, app, most, head_timeout_s)
 
 
 # ==================================================================================================
@@ -10380,10 +11074,6 @@ class Counters:
             "llmstack_first_byte_seconds": _Histogram(),
         }
 
-    def count_left(self, tier: str) -> None:
-        """Count a request whose client has left before its end."""
-        with self._lock:
-            self._sums["llmstack_requests_total", (tier, "", "left")] += 1
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
@@ -10612,36 +11302,53 @@ def may_change(request: Request) -> bool:
 # the answers are turned back on their way, line by line. Shapes: docs/api.md of ollama 0.13.
 
 OLLAMA_VERSION = "0.13.5"                       # what clients that look for a feature find
-_OLLAMA_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
-                   "presence_penalty", "frequency_penalty")
+# These have the same name and meaning in both.
+_OLLAMA_OPTIONS = (
+    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "repeat_penalty",
+    "presence_penalty", "frequency_penalty",
+)
 # What asks a model -> the path of OpenAI's API for it; and the other paths.
-_OLLAMA_ASKS = {"/api/chat": "/v1/chat/completions", "/api/generate": "/v1/chat/completions",
-                "/api/embed": "/v1/embeddings", "/api/embeddings": "/v1/embeddings"}
+_OLLAMA_ASKS = {
+    "/api/chat": "/v1/chat/completions",
+    "/api/generate": "/v1/chat/completions",
+    "/api/embed": "/v1/embeddings",
+    "/api/embeddings": "/v1/embeddings",
+}
 _OLLAMA_PATHS = frozenset({
     *_OLLAMA_ASKS, "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/pull"})
-# How a picture begins in base64 -> its kind.
-_PICTURES = {"iVBOR": "png", "/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
+# How a picture begins in base64 -> its kind; all others are PNG.
+_PICTURES = {"/9j/": "jpeg", "R0lGO": "gif", "UklGR": "webp"}
 
 
 def ollama_path(path: str) -> str:
     """The path of Ollama's API that this is, "" for none."""
     path = path.rstrip("/")
-    return path if path in _OLLAMA_PATHS else ""
+    if path not in _OLLAMA_PATHS:
+        return ""
+    return path
 
 
 def _list_of(value: object) -> List[Any]:
-    return value if isinstance(value, list) else []
+    """A value that should be a list; [] for any other."""
+    if not isinstance(value, list):
+        return []
+    return value
 
 
 def _first_choice(value: Mapping[str, Any]) -> Dict[str, Any]:
     choices = _list_of(value.get("choices"))
-    return dict_of(choices[0]) if choices else {}
+    if not choices:
+        return {}
+    return dict_of(choices[0])
 
 
 def _picture_part(data: object) -> Dict[str, Any]:
     """A picture, in base64, as a part of a message."""
     text = str(data)
-    kind = next((kind for begins, kind in _PICTURES.items() if text.startswith(begins)), "png")
+    kind = "png"
+    for begins, other in _PICTURES.items():
+        if text.startswith(begins):
+            kind = other
     return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{text}"}}
 
 
@@ -10656,26 +11363,33 @@ def _with_pictures(text: object, images: object) -> object:
 def _openai_call(call: object, number: str) -> Dict[str, Any]:
     """A tool call, under the number that its result is going to name."""
     function = dict_of(dict_of(call).get("function"))
-    arguments = json.dumps(function.get("arguments") or {}, ensure_ascii=False)
-    asked = {"name": function.get("name"), "arguments": arguments}
+    arguments = function.get("arguments") or {}
+    asked = {
+        "name": function.get("name"),
+        "arguments": json.dumps(arguments, ensure_ascii=False),
+    }
     return {"id": number, "type": "function", "function": asked}
 
 
-def _openai_messages(messages: Sequence[Any]) -> List[Dict[str, Any]]:
-    """Ollama's messages as OpenAI's. Calls get the numbers that their results then name in turn."""
+def _openai_messages(messages: Iterable[Any]) -> List[Dict[str, Any]]:
+    """Ollama's messages as OpenAI's."""
     made: List[Dict[str, Any]] = []
+    # Ollama's results come in the order of their calls, OpenAI's name theirs.
     open_calls: List[str] = []
-    for message in messages:
-        if not isinstance(message, dict):
+    for message in map(dict_of, messages):
+        if not message:
             continue
+        role = message.get("role")
         content = _with_pictures(message.get("content"), message.get("images"))
-        new = {"role": message.get("role"), "content": content}
-        calls = [_openai_call(call, f"call_{len(made)}_{index}")
-                 for index, call in enumerate(_list_of(message.get("tool_calls")))]
+        new = {"role": role, "content": content}
+        calls: List[Dict[str, Any]] = []
+        for call in _list_of(message.get("tool_calls")):
+            number = f"call_{len(made)}_{len(calls)}"
+            calls.append(_openai_call(call, number))
         if calls:
             new["tool_calls"] = calls
             open_calls = [call["id"] for call in calls]
-        if message.get("role") == "tool" and open_calls:
+        if role == "tool" and open_calls:
             new["tool_call_id"] = open_calls.pop(0)
         if message.get("thinking"):
             new["reasoning_content"] = message["thinking"]
@@ -10705,7 +11419,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
         if key in options:
             body[key] = options[key]
     most = options.get("num_predict")
-    if isinstance(most, int) and most > 0:
+    if isinstance(most, int) and most > 0:      # Ollama has -1 and -2 for no limit
         body["max_tokens"] = most
     shape = ask("format")
     if isinstance(shape, dict):
@@ -10717,6 +11431,7 @@ def openai_chat(values: Mapping[str, Any], generate: bool) -> Dict[str, Any]:
     if isinstance(think, str):                  # low, medium or high
         body["reasoning_effort"] = think
     elif isinstance(think, bool):
+        # Templates ask for it under this name, each for itself.
         body["chat_template_kwargs"] = {"enable_thinking": think}
     return body
 
@@ -10731,44 +11446,51 @@ class OllamaAnswer(Translation):
     content_type = b"application/json"
 
     def __init__(self, path: str, model: str, stream: bool) -> None:
-        self._path, self._model, self._stream = path, model, stream
+        self._path = path
+        self._model = model
+        self._stream = stream
         if stream:
             self.content_type = b"application/x-ndjson"
         self._status = 200
         self._held = bytearray()                # a line that is not whole, or the whole body
         self._calls: Dict[int, Dict[str, str]] = {}
-        self._reason = "stop"
+        self._reason: object = "stop"
         self._failed = False
         self._began = time.monotonic()
-        self._said = bytearray()                # where the tokens are counted
+        self._said = b""                        # where the tokens are counted
 
     def begin(self, status: int) -> None:
         self._status = status
 
     def nothing(self) -> bytes:
         """The answer to a request without words."""
-        return _json_line({**self._row(""), "done": True, "done_reason": "load"})
+        return _json_line({**self._row({}), "done": True, "done_reason": "load"})
 
     def feed(self, payload: bytes, last: bool = False) -> bytes:
         self._held += payload
-        failed = self._status >= 400
-        if failed or not self._stream:
-            if not last:
-                return b""
-            if not failed:
-                return self._whole()
+        # An error is one object, whatever was asked for.
+        has_failed = self._status >= 400
+        if self._stream and not has_failed:
+            return self._feed_stream(last)
+        if not last:
+            return b""
+        if has_failed:
             text = self._held.decode("utf-8", "replace")
             return _json_line({"error": said_error(text)})
-        *lines, rest = bytes(self._held).split(b"\n")
-        self._held = bytearray(rest)
-        events = [line[5:] for line in lines if line.startswith(b"data:")]
-        out = b"".join(map(self._event, events))
-        if last and not self._failed:
-            # Ollama's clients take a call whole; here they come in pieces, up to the end.
-            if self._calls:
-                out += self._line("", "", self._made_calls())
-            out += _json_line(self._end(self._row("")))
-        return out
+        return self._whole()
+
+    def _feed_stream(self, last: bool) -> bytes:
+        *lines, self._held = self._held.split(b"\n")      # the last one is not whole yet
+        out = b""
+        for line in lines:
+            if line.startswith(b"data:"):
+                out += self._event(bytes(line[len(b"data:"):]))
+        if not last or self._failed:
+            return out
+        # Ollama's clients take a call whole; here they come in pieces, up to the end.
+        if self._calls:
+            out += _json_line(self._row({}, self._made_calls()))
+        return out + self._end(self._row({}))
 
     def _event(self, data: bytes) -> bytes:
         """What one event of the stream becomes."""
@@ -10776,18 +11498,19 @@ class OllamaAnswer(Translation):
         error = value.get("error")
         if error:
             self._failed = True
-            return _json_line({"error": str(dict_of(error).get("message") or error)})
+            message = dict_of(error).get("message") or error
+            return _json_line({"error": str(message)})
         if value.get("usage") or value.get("timings"):
-            self._said = bytearray(data)
+            self._said = data
+        # The event that counts the tokens has no choice, and comes behind the one with the reason.
         choice = _first_choice(value)
         self._reason = choice.get("finish_reason") or self._reason
         delta = dict_of(choice.get("delta"))
         for call in _list_of(delta.get("tool_calls")):
             self._add_call(call)
-        content, thinking = delta.get("content"), delta.get("reasoning_content")
-        if not content and not thinking:
+        if not delta.get("content") and not delta.get("reasoning_content"):
             return b""
-        return self._line(content or "", thinking or "")
+        return _json_line(self._row(delta))
 
     def _add_call(self, call: object, index: int = 0) -> None:
         """A tool call, or the next piece of one."""
@@ -10806,61 +11529,71 @@ class OllamaAnswer(Translation):
             made.append({"function": {"name": call["name"], "arguments": arguments}})
         return made
 
-    def _row(self, content: str, thinking: str = "",
+    def _row(self, said: Mapping[str, Any],
              calls: Sequence[Dict[str, Any]] = ()) -> Dict[str, Any]:
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        row = {"model": self._model, "created_at": created}
-        more: Dict[str, Any] = {}
-        if thinking:
-            more["thinking"] = thinking
+        """The line for a message of OpenAI's, or for a piece of one."""
+        content = said.get("content") or ""
+        more = {}
+        if said.get("reasoning_content"):
+            more["thinking"] = said["reasoning_content"]
         if calls:
-            more["tool_calls"] = list(calls)
+            more["tool_calls"] = calls
+        row = {
+            "model": self._model,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "done": False,
+        }
         if self._path == "/api/generate":
             return {**row, "response": content, **more}
         return {**row, "message": {"role": "assistant", "content": content, **more}}
 
-    def _line(self, content: str, thinking: str, calls: Sequence[Dict[str, Any]] = ()) -> bytes:
-        return _json_line({**self._row(content, thinking, calls), "done": False})
-
-    def _end(self, row: Mapping[str, Any]) -> Dict[str, Any]:
+    def _end(self, row: Mapping[str, Any]) -> bytes:
         """The last line of a stream, or all of an answer that is none. Durations in ns."""
-        counts = tokens_said(bytes(self._said))
-        reason = "length" if self._reason == "length" else "stop"
+        counts = tokens_said(self._said)
+        # Ollama knows these two: OpenAI's tool_calls is a stop, too.
+        reason = "stop"
+        if self._reason == "length":
+            reason = "length"
         # Where a rate is not known, a duration of next to nothing.
-        read_s = (counts.prompt - counts.cached) / (counts.read_per_s or 1e9)
+        read_tokens = counts.prompt - counts.cached
+        read_s = read_tokens / (counts.read_per_s or 1e9)
         written_s = counts.output / (counts.written_per_s or 1e9)
-        return {
-            **row, "done": True, "done_reason": reason,
-            "total_duration": int((time.monotonic() - self._began) * 1e9),
+        took_s = time.monotonic() - self._began
+        return _json_line({
+            **row,
+            "done": True,
+            "done_reason": reason,
+            "total_duration": int(took_s * 1e9),
             "load_duration": 0,
             "prompt_eval_count": counts.prompt,
             "prompt_eval_duration": int(read_s * 1e9),
             "eval_count": counts.output,
-            "eval_duration": int(written_s * 1e9)}
+            "eval_duration": int(written_s * 1e9),
+        })
 
     def _whole(self) -> bytes:
         """An answer that is no stream."""
-        self._said = self._held
-        value = parse_json_object(bytes(self._held))
+        self._said = bytes(self._held)
+        value = parse_json_object(self._said)
         if _OLLAMA_ASKS[self._path] == "/v1/embeddings":
             return self._vectors(value)
         choice = _first_choice(value)
+        self._reason = choice.get("finish_reason")
         message = dict_of(choice.get("message"))
-        self._reason = choice.get("finish_reason") or "stop"
         for index, call in enumerate(_list_of(message.get("tool_calls"))):
             self._add_call(call, index)
-        content = message.get("content") or ""
-        thinking = message.get("reasoning_content") or ""
-        row = self._row(content, thinking, self._made_calls())
-        return _json_line(self._end(row))
+        return self._end(self._row(message, self._made_calls()))
 
     def _vectors(self, value: Mapping[str, Any]) -> bytes:
-        vectors = [dict_of(item).get("embedding") for item in _list_of(value.get("data"))]
-        if self._path == "/api/embeddings":
+        rows = map(dict_of, _list_of(value.get("data")))
+        vectors = [row.get("embedding") for row in rows]
+        if self._path == "/api/embeddings":     # it has one text, and one vector
             return _json_line({"embedding": next(iter(vectors), [])})
-        tokens = tokens_said(bytes(self._said)).prompt
-        return _json_line({"model": self._model, "embeddings": vectors,
-                           "prompt_eval_count": tokens})
+        return _json_line({
+            "model": self._model,
+            "embeddings": vectors,
+            "prompt_eval_count": tokens_said(self._said).prompt,
+        })
 
 
 def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
@@ -10868,16 +11601,23 @@ def ollama_model(entry: Mapping[str, Any]) -> Dict[str, Any]:
     import hashlib
     own = dict_of(dict_of(entry.get("meta")).get("llmstack"))
     name = str(entry.get("id"))
-    details = {"parent_model": "", "format": "gguf", "family": "llmstack",
-               "families": ["llmstack"], "parameter_size": "",
-               "quantization_level": str(own.get("quant") or "")}
+    size_gb = float(own.get("size_gb") or 0)
+    # Any digest will do: `ollama list` shows the first twelve characters of it.
+    digest = hashlib.sha256(name.encode("utf-8", "replace"))
+    details = {
+        "parent_model": "",
+        "format": "gguf",
+        "family": "llmstack",
+        "families": ["llmstack"],
+        "parameter_size": "",
+        "quantization_level": str(own.get("quant") or ""),
+    }
     return {
         "name": name,
         "model": name,
         "modified_at": "1970-01-01T00:00:00Z",
-        "size": int(float(own.get("size_gb") or 0) * 1e9),
-        # Any digest will do: `ollama list` shows the first twelve characters of it.
-        "digest": hashlib.sha256(name.encode("utf-8", "replace")).hexdigest(),
+        "size": int(size_gb * 1e9),
+        "digest": digest.hexdigest(),
         "capabilities": entry.get("capabilities") or ["completion"],
         "details": details,
     }
@@ -10887,10 +11627,16 @@ def ollama_show(entry: Mapping[str, Any]) -> Dict[str, Any]:
     """An entry of /v1/models as Ollama describes a model."""
     context = entry.get("context_length") or 0
     model = ollama_model(entry)
-    info = {"general.architecture": "llmstack", "llmstack.context_length": context}
-    same = {key: model[key] for key in ("details", "modified_at", "capabilities")}
-    return {"modelfile": "", "parameters": f"num_ctx {context}", "template": "", "license": "",
-            "model_info": info, **same}
+    return {
+        "modelfile": "",
+        "parameters": f"num_ctx {context}",
+        "template": "",
+        "license": "",
+        "model_info": {"general.architecture": "llmstack", "llmstack.context_length": context},
+        "details": model["details"],
+        "modified_at": model["modified_at"],
+        "capabilities": model["capabilities"],
+    }
 
 
 # ==================================================================================================
@@ -11049,7 +11795,7 @@ class Snapshot(NamedTuple):
         return found
 
 
-_MODELS_PATH = re.compile(r"/(?:v1/)*models/?(?:(?<=/)(.+))?\Z")     # the list, or one's entry
+_MODELS_PATH = re.compile(r"/+(?:v1/+)*models/*(?:(?<=/)(.+))?\Z")   # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
 # Headers that a host does not get: who the client is, and what is between it and us.
@@ -11124,12 +11870,17 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     return request, body
 
 
-def read_object(body: bytes) -> Dict[str, Any]:
-    """The JSON object in a request's body. Errors: HttpError 400."""
+def read_json(body: bytes) -> Any:
+    """The JSON in a request's body. Errors: HttpError 400."""
     try:
-        values = parse_json(str(body, "utf-8"))
+        return parse_json(str(body, "utf-8"))
     except (ValueError, RecursionError) as exc:
         raise HttpError(400, f"the body is not JSON: {exc}") from None
+
+
+def read_object(body: bytes) -> Dict[str, Any]:
+    """The JSON object in a request's body. Errors: HttpError 400."""
+    values = read_json(body)
     if not isinstance(values, dict):
         raise HttpError(400, "the body is not a JSON object")
     return values
@@ -11948,10 +12699,6 @@ class RouterApp(App):
         self._ongoing[number] = asked
         try:
             self._answer_asked(asked)
-        except ClientGone:
-            if asked.tier:
-                self.events.counters.count_left(asked.tier)
-            raise
         finally:                                # whatever was raised: it is shown as under way
             del self._ongoing[number]
 
@@ -12008,35 +12755,48 @@ class RouterApp(App):
 
     def _ask_named(self, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
-        if route.refused[0]:
-            raise HttpError(*route.refused)
         facts: Optional[Facts] = None
-        if asked.path in STREAM_ENDS:
+        if asked.path in _CANONICAL_PATHS:
             try:
                 facts = read_facts(asked.path, asked.values)
             except RecursionError:              # the upstream may take it all the same
                 pass
+        name = route.tier.name
+        status, message, kind = route.refused
+        if status:
+            self._publish(asked, facts, name, Outcome("refused", status))
+            raise HttpError(status, message, kind)
         # Made in the place of header lines: while the model is at work.
         looks = asked.look_at_prompt if facts else None
-        outcome = self._ask(asked, route, headers=looks)
-        name = route.tier.name
+        try:
+            outcome = self._ask(asked, route, headers=looks)
+        except ClientGone:
+            self._publish(asked, facts, name, Outcome("left"))
+            raise
         if outcome.answered:
             self._breaker.answered(name)
+        self._publish(asked, facts, name, outcome)
         self._finish(asked, outcome, f"{asked.path} {name}", route)
-        if facts:
-            row = record_row(facts, asked.path, name, outcome)
-            self._publish(asked, row, outcome)
 
-    def _publish(self, asked: Asked, row: Dict[str, Any], outcome: Outcome) -> None:
-        """Complete a request's row, for the record and for those who look on; keep its turn."""
+    def _publish(self, asked: Asked, facts: Optional[Facts], tier: str, outcome: Outcome,
+                 decided: Optional[Mapping[str, Any]] = None) -> None:
+        """Tell the record and those who look on how a request ended; keep its turn.
+
+        `decided`: what `auto` adds to its row. A request that could not be counted has none.
+        """
+        if facts is None:
+            return
+        row = record_row(facts, asked.path, tier, outcome)
+        row.update(decided or {})
         compare_turns(asked, row)
         prompt = outcome.counts.prompt
         output = outcome.counts.output
-        # What has been written is in the cache as well: the next turn brings it back as prompt.
-        if outcome.answered and prompt:
+        # What has been written is in the cache as well: the next turn brings it back as prompt. An
+        # answer without output has only counted.
+        if outcome.answered and prompt and output:
             self._conversations.answered(
                 asked.thread,
-                row["tier"],
+                tier,
                 prompt + output,
                 asked.segments,
             )
@@ -12110,30 +12870,31 @@ class RouterApp(App):
         """Tell client, log, record and conversation how an `auto` request ended."""
         asked = descent.asked
         decision = descent.decision
-        fallbacks = descent.fallbacks
-        reason = descent.reason
-        name = descent.tier.name
-        what = f"auto -> {name}"
+        what = f"auto -> {descent.tier.name}"
         how = outcome.status or outcome.state
         ms = asked.age_s() * 1000
-        line = f"{what} [{decision.rung}] {reason}"
+        line = f"{what} [{decision.rung}] {descent.reason}"
         line += f"; {how} in {ms:,.0f} ms"
-        if fallbacks:
-            line += f"; fell back {', '.join(fallbacks)}"
+        if descent.fallbacks:
+            line += f"; fell back {', '.join(descent.fallbacks)}"
         self.log.info(line)
-        self._finish(asked, outcome, what, descent.route, descent.headers)
         if outcome.state == "done":
             descent.learn(outcome.counts.prompt)
-        facts = decision.facts
-        row = record_row(facts, asked.path, name, outcome)
+        self._publish_descent(descent, outcome)
+        self._finish(asked, outcome, what, descent.route, descent.headers)
+
+    def _publish_descent(self, descent: Descent, outcome: Outcome) -> None:
+        asked = descent.asked
+        decision = descent.decision
+        decided: Dict[str, Any] = {}
         if asked.loop:                          # before the reason: replay reads no further
-            row["loop"] = True
-        row["rung"] = decision.rung
-        row["reason"] = reason
-        row["passed_over"] = decision.passed_over
-        if fallbacks:
-            row["fallbacks"] = fallbacks
-        self._publish(asked, row, outcome)
+            decided["loop"] = True
+        decided["rung"] = decision.rung
+        decided["reason"] = descent.reason
+        decided["passed_over"] = decision.passed_over
+        if descent.fallbacks:
+            decided["fallbacks"] = descent.fallbacks
+        self._publish(asked, decision.facts, descent.tier.name, outcome, decided)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
@@ -12165,6 +12926,7 @@ class RouterApp(App):
             ms = asked.age_s() * 1000
             self.log.info(f"auto -> {route.tier.name} {descent.reason};"
                           f" the client left after {ms:,.0f} ms")
+            self._publish_descent(descent, Outcome("left"))
             raise
 
     def _ask(self, asked: Asked, route: Route,
@@ -12258,19 +13020,41 @@ class RouterApp(App):
 # ==================================================================================================
 # Which programs the engines run, and what a llama-server says of itself: the flags it refuses and
 # its build. It is run for that and for nothing else; loading models is ENGINE's.
+#
+# What it says is kept, as is all that is learned further down: a file a kind, in it a row a build
+# or a model, the newest last. So what nobody uses any more goes by itself.
+
+MAX_LEARNED = 64                                # rows a file
+LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
+                     " `llmstack start --demo`")
+OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
+# Any value of these is as good to ask with: flags are asked anew for none of them.
+_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")
 
 
 def digest_of(*facts: str) -> str:
     """24 hexadecimal digits that tell these facts from any others."""
     import hashlib
     text = "\0".join(facts)
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:24]
+    digest = hashlib.sha256(text.encode("utf-8", "replace"))
+    return digest.hexdigest()[:24]
+
+
+def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
+    """`rows` with one that is new or has changed, without the oldest beyond MAX_LEARNED."""
+    kept = {**rows}
+    # Behind all others again, not where it was.
+    kept.pop(identity, None)
+    kept[identity] = row
+    newest = list(kept.items())[-MAX_LEARNED:]
+    return dict(newest)
 
 
 def build_stamp(program: Sequence[str]) -> str:
     """Names one build of a program: path, size and time of change, and the stand-in's pin."""
-    status = os.stat(program[0])
-    stamp = f"{program[0]}:{status.st_size}:{status.st_mtime_ns}"
+    path = program[0]
+    status = os.stat(path)
+    stamp = f"{path}:{status.st_size}:{status.st_mtime_ns}"
     if len(program) > 1:
         stamp += f":{LLAMA_CPP_PIN}:{VERSION}"
     return stamp
@@ -12281,14 +13065,17 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
 
     Empty when there is none. Errors: UserError where one is named that does not exist.
     """
-    own = config.settings.get("llama_server_bin", "")
-    named = own or env.get("LLAMA_SERVER_BIN", "")
+    where = "llama_server_bin in models.ini"
+    named = config.settings.get("llama_server_bin")
+    if not named:
+        where = "LLAMA_SERVER_BIN"
+        named = env.get(where)
     if named:
         found = _expand(named)
+        # A mere name is meant for PATH, not for the directory that we stand in.
         if os.path.basename(named) == named:
             found = find_program(named, ())
         if not found or not os.access(found, os.X_OK):
-            where = "llama_server_bin in models.ini" if own else "LLAMA_SERVER_BIN"
             raise UserError(f"{where} names {named}, which is no program here",
                             "correct it, or leave it out to search PATH", 2)
         return (found,)
@@ -12297,7 +13084,8 @@ def find_llama_server(config: Config, env: Mapping[str, str], data: str) -> Tupl
         return (found,)
     if not environment_ready(LLAMA_CPP, data):
         return ()
-    return tuple(guest_command(environment_program(LLAMA_CPP, data), "llama_server"))
+    python = environment_program(LLAMA_CPP, data)
+    return tuple(guest_command(python, "llama_server"))
 
 
 def bin_dir(env: Mapping[str, str], data: str) -> str:
@@ -12316,43 +13104,50 @@ def find_llama_swap(env: Mapping[str, str], data: str) -> str:
     return find_program(name)
 
 
-LLAMA_SERVER_HINT = ("run `llmstack setup`, which says how to have one and can bring it, or try"
-                     " `llmstack start --demo`")
-OTHER_SERVER = "reinstall llama.cpp, or name another one in llama_server_bin"
-MAX_PROBED_BUILDS = 8                           # whose answers are kept
-_BY_TIER = ("--alias", "-c", "--cache-ram", "--ctx-checkpoints")    # any value is as good
-
-
-def _takes_flags(program: Sequence[str], flags: Iterable[Tuple[str, ...]]) -> bool:
+def _takes_flags(program: Sequence[str], flags: Iterable[Flag]) -> bool:
     """Whether a llama-server knows all of these. Errors: UserError where it does not run."""
     import subprocess
-    words = [word for flag in flags for word in flag]
-    mute: Dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    words = itertools.chain.from_iterable(flags)
+    command = [*program, *words, "--version"]
     try:
-        ended = subprocess.run([*program, *words, "--version"], timeout=60, check=False, **mute)
+        ended = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=60,
+            check=False,
+        )
     except (OSError, subprocess.SubprocessError) as exc:
         raise UserError(f"{program[0]} does not run: {exc}", OTHER_SERVER) from None
     return ended.returncode == 0
 
 
-def _ask_flags(program: Sequence[str], groups: Mapping[str, Tuple[str, ...]]) -> Set[str]:
+def _ask_flags(program: Sequence[str], groups: Mapping[str, Flag]) -> Set[str]:
     """The names of those that a llama-server refuses, of replacements too. Errors: UserError.
 
     `llama-server FLAGS --version` exits 1 on an unknown flag and loads no model. Builds add and
     drop flags, so all are tried together first, and one by one only where that fails.
     """
-    takes = functools.partial(_takes_flags, program)
-    if not takes(()):
+    if not _takes_flags(program, ()):
         raise UserError(f"{program[0]} --version fails", OTHER_SERVER)
-    if takes(groups.values()):
+    if _takes_flags(program, groups.values()):
         return set()
-    replacements = {name: FLAG_REPLACEMENTS[name] for name in groups if name in FLAG_REPLACEMENTS}
-    # The usual case takes three runs, not one a flag.
-    if takes(replacements.get(name, flag) for name, flag in groups.items()):
-        return {name for name in replacements if not takes([groups[name]])}
-    refused = {name for name, flag in groups.items() if not takes([flag])}
-    for name, other in replacements.items():
-        if name in refused and not takes([other]):
+    others = {}
+    for name in FLAG_REPLACEMENTS:
+        if name in groups:
+            others[name] = FLAG_REPLACEMENTS[name]
+    doubtful = set(groups)
+    # A build that refuses one of these takes its replacement, as a rule, and all the rest.
+    if _takes_flags(program, {**groups, **others}.values()):
+        doubtful = set(others)
+    refused = set()
+    for name in doubtful:
+        if _takes_flags(program, [groups[name]]):
+            continue
+        refused.add(name)
+        other = others.get(name)
+        if other and not _takes_flags(program, [other]):
             refused.add(other[0])
     return refused
 
@@ -12364,27 +13159,31 @@ def probe_flags(program: Sequence[str], config: Config, data: str) -> FrozenSet[
     """
     if not program:
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
+    try:
+        stamp = build_stamp(program)
+    except OSError as exc:
+        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
     flags = common_flags(config)
     for tier in local_tiers(config):
         flags += all_flags(tier, config)
     if config.park_gb:
         flags.append(("--slot-save-path", data))
-    groups = {flag[0]: flag for flag in flags}
-    try:
-        stamp = build_stamp(program)
-    except OSError as exc:
-        raise UserError(f"{program[0]} does not run: {exc.strerror}", OTHER_SERVER) from None
-    cache_path = os.path.join(data, "flags.json")
-    cache = _read_json(cache_path)
-    known = dict_of(cache.get(stamp))
-    asked = {name: " ".join(flag) for name, flag in groups.items() if name not in _BY_TIER}
+    groups = {}
+    asked = {}
+    for flag in flags:
+        name = flag[0]
+        groups[name] = flag
+        if name not in _BY_TIER:
+            asked[name] = " ".join(flag)
+    path = os.path.join(data, "flags.json")
+    rows = _read_json(path)
+    known = dict_of(rows.get(stamp))
     if known.get("asked") == asked:
         return frozenset(known["refused"])
     refused = _ask_flags(program, groups)
-    others = [key for key in cache if key != stamp][:MAX_PROBED_BUILDS - 1]
-    rows = {stamp: {"asked": asked, "refused": sorted(refused)}}
-    rows.update((key, cache[key]) for key in others)
-    write_atomic(cache_path, json.dumps(rows, indent=1))
+    row = {"asked": asked, "refused": sorted(refused)}
+    rows = newest_rows(rows, stamp, row)
+    write_atomic(path, json.dumps(rows, indent=1))
     return frozenset(refused)
 
 
@@ -12394,10 +13193,11 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
     for tier in local_tiers(config):
         try:
             program = find_llama_server(tier_config(config, tier), env, data)
-            refused = probe_flags(program, config, data) if program else frozenset()
+            refused = probe_flags(program, config, data)
         except UserError:                       # said elsewhere
             continue
-        notes += refused_settings(config._replace(tiers=(tier,)), refused)
+        alone = config._replace(tiers=(tier,))
+        notes += refused_settings(alone, refused)
     return notes
 
 
@@ -12405,15 +13205,17 @@ def refused_notes(config: Config, env: Mapping[str, str], data: str) -> List[str
 # FIT
 # ==================================================================================================
 # The hub, its cache on this disk, and what each tier takes by the header of its file in either.
-# Headers are read anew each time: 40 ms for a vocabulary of 152,000 is less than a cache is worth.
-# Nothing is fetched here but headers; extras/download.py brings files.
+# Headers are read anew each time, 40 ms for a vocabulary of 152,000, but where `status` would wait
+# for them all: see trained_contexts. Nothing is fetched here but headers; extras/download.py brings
+# files.
 #
 # Behind that stands what use has taught of a tier: whether drafting pays, and what `probe` has
 # measured. Either is kept under a name for machine, weights, build and flags together, so it ends
 # with what it was measured of.
 
 
-_CACHE_VARIABLES = (                            # the first that is set, and the place below it
+# The first that is set counts, and the place below it.
+_CACHE_VARIABLES = (
     ("LLAMA_CACHE", ""),
     ("HF_HUB_CACHE", ""),
     ("HUGGINGFACE_HUB_CACHE", ""),
@@ -12436,17 +13238,22 @@ def repo_dir(cache: str, repo: str) -> str:
     return os.path.join(cache, "models--" + repo.replace("/", "--"))
 
 
-def _names_in(directory: str) -> List[str]:
+def _names_in(directory: str, ending: str = "") -> List[str]:
+    """The files of a directory that may not be there."""
     try:
-        return sorted(os.listdir(directory))
+        names = os.listdir(directory)
     except OSError:
         return []
+    found = [name for name in names if name.endswith(ending)]
+    return sorted(found)
 
 
 def _projector_in(directory: str) -> str:
     """The path of the projector that a directory holds, "" for none."""
     found = choose_projector(_names_in(directory))
-    return os.path.join(directory, found) if found else ""
+    if not found:
+        return ""
+    return os.path.join(directory, found)
 
 
 def local_file(cache: str, repo: str, file: str) -> str:
@@ -12455,28 +13262,37 @@ def local_file(cache: str, repo: str, file: str) -> str:
     Only the commit of refs/main counts: what lies below another is not found.
     """
     folder = repo_dir(cache, repo)
-    commit = read_text(os.path.join(folder, "refs", "main")).strip()
+    ref = os.path.join(folder, "refs", "main")
+    commit = read_text(ref).strip()
+    if not commit:
+        return ""
     snapshot = os.path.join(folder, "snapshots", commit)
     if file == ANY_PROJECTOR:
-        return _projector_in(snapshot) if commit else ""
+        return _projector_in(snapshot)
     path = os.path.join(snapshot, *file.split("/"))
-    if commit and os.path.isfile(path):
+    if os.path.isfile(path):
         return path
     return ""
 
 
 def local_parts(weights: Weights, env: Mapping[str, str]) -> List[str]:
     """Where each file of a tier's model lies on this disk, "" for one that is not here."""
-    if weights.path:
-        return [weights.path if os.path.isfile(weights.path) else ""]
-    cache = hub_cache_dir(env)
-    return [local_file(cache, weights.repo, part) for part in split_parts(weights.file)]
+    path = weights.path
+    if not path:
+        cache = hub_cache_dir(env)
+        names = split_parts(weights.file)
+        return [local_file(cache, weights.repo, name) for name in names]
+    if os.path.isfile(path):
+        return [path]
+    return [""]
 
 
 def cached_model(weights: Weights, env: Mapping[str, str]) -> str:
     """The first file of a tier's model where all of it is on this disk, else ""."""
     parts = local_parts(weights, env)
-    return parts[0] if all(parts) else ""
+    if not all(parts):
+        return ""
+    return parts[0]
 
 
 def downloaded_share(weights: Weights, env: Mapping[str, str]) -> float:
@@ -12485,14 +13301,14 @@ def downloaded_share(weights: Weights, env: Mapping[str, str]) -> float:
     It writes beside what the hub's cache calls a blob. Source: download.cpp.
     """
     whole_bytes = weights.size_gb * 1e9
-    if not (weights.repo and whole_bytes):
+    if not weights.repo or not whole_bytes:
         return 0.0
-    blobs = os.path.join(repo_dir(hub_cache_dir(env), weights.repo), "blobs")
-    here = [path for path in local_parts(weights, env) if path]
-    for name in _names_in(blobs):
-        if name.endswith(".downloadInProgress"):
-            here.append(os.path.join(blobs, name))
-    return sum(map(file_size, here)) / whole_bytes
+    here = sum(map(file_size, local_parts(weights, env)))
+    folder = repo_dir(hub_cache_dir(env), weights.repo)
+    blobs = os.path.join(folder, "blobs")
+    for name in _names_in(blobs, ".downloadInProgress"):
+        here += file_size(os.path.join(blobs, name))
+    return here / whole_bytes
 
 
 def fetching_words(tier: Tier) -> str:
@@ -12542,6 +13358,7 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
     if parts is None:
         raise Unreachable(f"{what} has no address that can be asked: {url}",
                           "give it one that begins with https://")
+    host = parts.group(1)
     request = urllib.request.Request(url, data, {"User-Agent": f"llmstack/{VERSION}"})  # noqa: S310
     for name, value in headers.items():
         if name == "Authorization":             # not sent on when it leads elsewhere
@@ -12549,20 +13366,22 @@ def open_url(url: str, headers: Mapping[str, str], what: str, data: Optional[byt
         else:
             request.add_header(name, value)
     ask: Any = urllib.request.urlopen
-    if is_loopback(parts.group(1)):             # a proxy would look for it on its own machine
-        ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+    if is_loopback(host):                       # a proxy would look for it on its own machine
+        no_proxy = urllib.request.ProxyHandler({})
+        ask = urllib.request.build_opener(no_proxy).open
     try:
         return ask(request, timeout=timeout_s)
-    except urllib.error.HTTPError:
+    except urllib.error.HTTPError:              # an answer: whoever asked knows what it means
         raise
     except (OSError, ValueError) as exc:
+        # A URLError has the error of the socket as its reason; that one's words say more.
         cause = getattr(exc, "reason", exc)
         reason = str(getattr(cause, "strerror", None) or cause)
         hint = "see that this machine is online (HTTPS_PROXY is honoured), then again"
         if "CERTIFICATE_VERIFY" in reason:
             hint = ("this Python has no certificates: run its Install Certificates.command,"
                     " or set SSL_CERT_FILE")
-        raise Unreachable(f"{what} cannot be reached at {parts.group(1)}: {reason}", hint) from None
+        raise Unreachable(f"{what} cannot be reached at {host}: {reason}", hint) from None
 
 
 def _part_header(path: str) -> GgufHeader:
@@ -12574,33 +13393,40 @@ def _part_header(path: str) -> GgufHeader:
             return file.read(count)
 
         header = parse_gguf_header(read)
-    if file_size(path) < header.end:
-        raise BrokenGgufError(f"is not whole: {file_size(path):,} of {header.end:,} bytes")
+    size = file_size(path)
+    if size < header.end:
+        raise BrokenGgufError(f"is not whole: {size:,} of {header.end:,} bytes")
     return header
 
 
 def local_header(path: str) -> GgufHeader:
     """The header of a GGUF on this disk, with its further parts. Errors: GgufError, OSError."""
-    first = _part_header(path)
-    return merge_headers(first, map(_part_header, split_parts(path)[1:]))
+    further = split_parts(path)[1:]
+    return merge_headers(_part_header(path), map(_part_header, further))
 
 
 def _fetch_range(url: str, first: int, count: int, token: str) -> bytes:
     """A part of a file on the hub; short at its end. Errors: Unreachable, OSError."""
     import http.client
     import urllib.error
-    headers = {"Range": f"bytes={first}-{first + count - 1}"}
+    last = first + count - 1
+    headers = {"Range": f"bytes={first}-{last}"}
     if token:
         headers["Authorization"] = f"Bearer {token}"
     try:
         with open_url(url, headers, "the model hub", timeout_s=10) as answer:
-            skip = 0 if answer.status == 206 else first         # no ranges: as far as is needed
+            # A mirror may know no ranges and send the file from its beginning.
+            skip = first
+            if answer.status == 206:
+                skip = 0
             data: bytes = answer.read(skip + count)
             return data[skip:]
     except urllib.error.HTTPError as exc:
         if exc.code == 416:                     # beyond its end
             return b""
-        hint = ": set HF_TOKEN" if exc.code in (401, 403) else ""
+        hint = ""
+        if exc.code in (401, 403):
+            hint = ": set HF_TOKEN"
         raise OSError(f"{url} answered {exc.code}{hint}") from None
     except (ValueError, http.client.HTTPException) as exc:
         raise OSError(str(exc) or type(exc).__name__) from None
@@ -12626,13 +13452,17 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
     """
     token = hub_token(env)
 
-    def one(name: str) -> GgufHeader:
-        url, held = hub_url(weights.repo, name, env), bytearray()
+    def part_header(name: str) -> GgufHeader:
+        url = hub_url(weights.repo, name, env)
+        held = bytearray()
 
-        def read(offset: int, count: int) -> bytes:
-            end = offset + count
+        def read(offset: int, wanted: int) -> bytes:
+            end = offset + wanted
             while len(held) < end <= MAX_GGUF_HEADER_BYTES:
-                more = _fetch_range(url, len(held), max(1 << 20, len(held)), token)
+                # Each range is as long as all before it, so that a large vocabulary, of which
+                # nobody knows the length, takes five requests.
+                count = max(1 << 20, len(held))
+                more = _fetch_range(url, len(held), count, token)
                 if not more:
                     break
                 held.extend(more)
@@ -12640,13 +13470,15 @@ def hub_header(weights: Weights, env: Mapping[str, str]) -> GgufHeader:
 
         return parse_gguf_header(read)
 
-    return merge_headers(one(weights.file), map(one, split_parts(weights.file)[1:]))
+    further = split_parts(weights.file)[1:]
+    return merge_headers(part_header(weights.file), map(part_header, further))
 
 
 def _further_file(name: str, model: str, env: Mapping[str, str]) -> str:
     """The path of what a key such as mmproj names, "" where it is not here."""
     if name == "auto":
-        return _projector_in(os.path.dirname(model)) if model else ""
+        return _projector_in(os.path.dirname(model))
+    # The project's own file stands for itself.
     if not _HUB_REFERENCE.match(name):
         return name
     repo, _, file = name.partition(":")
@@ -12659,16 +13491,18 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
 
     A draft has a KV cache of its own, as long as the model's.
     """
+    draft = tier.settings.get("draft")
     found: List[int] = []
 
     def count(name: str) -> str:
         path = _further_file(name, model, env)
+        if name != draft:
+            found.append(file_size(path))
+            return name
+        load = load_options(tier, config, machine)
         try:
-            if name == tier.settings.get("draft"):
-                load = load_options(tier, config, machine)
-                found.append(estimate_memory(local_header(path), tier.ctx_size, load).total)
-            elif path:
-                found.append(file_size(path))
+            memory = estimate_memory(local_header(path), tier.ctx_size, load)
+            found.append(memory.total)
         except (GgufError, OSError):            # loading says what is wrong with it
             pass
         return name
@@ -12677,12 +13511,13 @@ def beside_bytes(tier: Tier, config: Config, machine: Machine, model: str,
     return sum(found)
 
 
-def _predicts_tokens(path: str) -> bool:
-    """Whether a GGUF has layers for multi-token prediction."""
+def _header_number(path: str, key: str) -> int:
+    """What a GGUF's header says under a key of its architecture; 0 where that cannot be read."""
     try:
-        return _quantity(local_header(path).keys.get("nextn_predict_layers")) > 0
-    except (GgufError, OSError):
-        return False
+        header = local_header(path)
+    except (GgufError, OSError):                # another command says what is wrong with it
+        return 0
+    return _quantity(header.keys.get(key))
 
 
 def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
@@ -12697,17 +13532,21 @@ def ready_tier(tier: Tier, env: Mapping[str, str]) -> Tier:
 
     def find(name: str) -> str:
         path = _further_file(name, model, env)
-        if not path and name != "auto":
-            repo, _, file = name.partition(":")
-            raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
-                            f"llmstack download {tier.name}")
-        return path
+        # A model without a projector reads no pictures, and all else as well.
+        if path or name == "auto":
+            return path
+        repo, _, file = name.partition(":")
+        raise UserError(f"{tier.name} needs {file} of {repo}, which is not here",
+                        f"llmstack download {tier.name}")
 
-    tier = with_files(tier, find)
-    settings = {key: value for key, value in tier.server if value not in ("", ())}
+    settings = {}
+    for key, value in with_files(tier, find).server:
+        if value not in ("", ()):
+            settings[key] = value
     if settings.get("speculative") == "auto" and "draft" not in settings:
         settings["speculative"] = "off"
-        if _predicts_tokens(model):
+        # Layers for multi-token prediction draft without a second model.
+        if _header_number(model, "nextn_predict_layers"):
             settings["speculative"] = "mtp"
     return tier._replace(server=tuple(settings.items()))
 
@@ -12726,15 +13565,20 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
 
     Errors: Unreachable.
     """
-    weights, where, note = weights_for(tier), path or url, ""
-    need_gb = footprint_gb(weights.size_gb or file_size(path) / 1e9)
-    by_size = fit_by_size(tier, config, machine, need_gb)._replace(where=where)
+    weights = weights_for(tier)
+    where = path or url
+    note = ""
+    size_gb = weights.size_gb or file_size(path) / 1e9
+    by_size = fit_by_size(tier, config, machine, footprint_gb(size_gb))
+    by_size = by_size._replace(where=where)
     try:
         if path:
+            header = local_header(path)
             beside = beside_bytes(tier, config, machine, path, env)
-            return fit_tier(tier, config, machine, local_header(path), "local", path, beside)
+            return fit_tier(tier, config, machine, header, "local", path, beside)
         if url:
-            return fit_tier(tier, config, machine, hub_header(weights, env), "hub", url)
+            header = hub_header(weights, env)
+            return fit_tier(tier, config, machine, header, "hub", url)
     except GgufError as exc:
         note = f"{os.path.basename(where)} {exc}"
         if path and isinstance(exc, BrokenGgufError):
@@ -12743,9 +13587,11 @@ def _measure_tier(tier: Tier, config: Config, machine: Machine, path: str, url: 
         raise
     except OSError as exc:
         note = str(exc)
+    # A file that is here and cannot be read may be another than its name says.
     known = known_header(weights.file, weights.size_gb, known_models())
     if known and not path:
-        return fit_tier(tier, config, machine, known, "dimensions", where)._replace(note=note)
+        by_dimensions = fit_tier(tier, config, machine, known, "dimensions", where)
+        return by_dimensions._replace(note=note)
     return by_size._replace(note=note)
 
 
@@ -12759,66 +13605,56 @@ def measure_tiers(config: Config, machine: Machine, env: Mapping[str, str],
             continue
         weights = weights_for(tier)
         path = cached_model(weights, env)
-        url = note = ""
+        url = ""
+        note = ""
         if hub and weights.repo and not path:
             url = hub_url(weights.repo, weights.file, env)
         try:
             fit = _measure_tier(tier, config, machine, path, url, env)
         except Unreachable as exc:              # no further tier is asked for
-            note, hub = str(exc), False
+            hub = False
+            note = str(exc)
             fit = _measure_tier(tier, config, machine, path, "", env)
         fits.append(fit._replace(note=fit.note or note))
-    caches = {t.name: t for t in with_caches(config, fits, machine).tiers}
-    return [f._replace(cache_mib=cache_limit_mib(caches[f.name], f)) for f in fits]
-
-
-def _trained_for(path: str) -> int:
-    try:
-        return _quantity(local_header(path).keys.get("context_length"))
-    except (GgufError, OSError):                # another command says what is wrong with it
-        return 0
+    # What is left for prompts is known only once all tiers are.
+    with_room = with_caches(config, fits, machine).tiers
+    return [fit._replace(cache_mib=cache_limit_mib(tier, fit))
+            for tier, fit in zip(with_room, fits)]
 
 
 def trained_contexts(config: Config, env: Mapping[str, str], data: str) -> Dict[str, int]:
     """Tier -> tokens its model was trained for, of those whose file is on this disk.
 
     Each file's header is read once: contexts.json of the data directory holds what it says.
+    Without that `status` of eight models would take a third of a second longer.
     """
     record_path = os.path.join(data, "contexts.json")
-    record = _read_json(record_path)
-    found: Dict[str, int] = {}
-    read: Dict[str, Any] = {}
+    record = before = _read_json(record_path)
+    found = {}
     for tier in local_tiers(config):
         path = cached_model(weights_for(tier), env)
         if not path:
             continue
         status = os.stat(path)
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-        known = record.get(path)
-        if not (isinstance(known, list) and known[:1] == [stamp] and len(known) == 2):
-            known = read[path] = [stamp, _trained_for(path)]
-        found[tier.name] = _quantity(known[1])
-    if read:
-        kept = {k: v for k, v in list(record.items())[-60:] if k not in read}
-        try:
-            write_atomic(record_path, json.dumps({**kept, **read}, indent=1))
-        except UserError:                       # it is read again, then
-            pass
+        row = dict_of(record.get(path))
+        if row.get("stamp") != stamp:
+            tokens = _header_number(path, "context_length")
+            row = {"stamp": stamp, "tokens": tokens}
+            record = newest_rows(record, path, row)
+        found[tier.name] = _quantity(row.get("tokens"))
+    if record is before:
+        return found
+    try:
+        write_atomic(record_path, json.dumps(record, indent=1))
+    except UserError:                           # it is read again, then
+        pass
     return found
 
 
 # ---- drafting that proves itself
 
 DRAFT_TRIAL_TOKENS = 2_000                      # that a tier writes with drafts, and without
-MAX_PROBES = 64                                 # measurements that are kept
-
-
-def newest_rows(rows: Mapping[str, Any], identity: str, row: Any) -> Dict[str, Any]:
-    """`rows` with one that is new or has changed, without the oldest beyond MAX_PROBES."""
-    others = [(name, other) for name, other in rows.items() if name != identity]
-    return dict([*others[1 - MAX_PROBES:], (identity, row)])
-
-
 class Drafting(NamedTuple):
     """What a tier has written with drafts and without, of one model, build and set of flags."""
 
@@ -12846,34 +13682,41 @@ class Drafting(NamedTuple):
         """Whether the next load drafts: first with, then without, then what was faster."""
         if self.settled:
             return self.with_per_s > self.without_per_s
+        # A model may be stopped before it has written enough: then the same is tried again.
         return self.with_tokens < DRAFT_TRIAL_TOKENS
 
     def learn(self, drafts: bool, row: Mapping[str, Any]) -> Drafting:
         """With one more answer, by its row of the record."""
-        tokens, ms = row["output"], round(row["output"] / row["per_s"] * 1000)
+        tokens = row["output"]
+        ms = round(tokens / row["per_s"] * 1000)
         if not drafts:
             return self._replace(
                 without_tokens=self.without_tokens + tokens,
-                without_ms=self.without_ms + ms)
+                without_ms=self.without_ms + ms,
+            )
         return self._replace(
             with_tokens=self.with_tokens + tokens,
             with_ms=self.with_ms + ms,
             drafted=self.drafted + row.get("drafted", 0),
-            accepted=self.accepted + row.get("accepted", 0))
+            accepted=self.accepted + row.get("accepted", 0),
+        )
 
 
 def drafting_words(found: Drafting, drafts: bool) -> str:
     """What drafting has brought so far, and what runs now."""
-    words = ["drafts" if drafts else "does not draft"]
+    words = ["does not draft"]
+    if drafts:
+        words = ["drafts"]
     if found.drafted:
-        words.append(f"{found.accepted / found.drafted:.0%} of {found.drafted:,} drafted tokens"
-                     " were taken")
+        share = found.accepted / found.drafted
+        words.append(f"{share:.0%} of {found.drafted:,} drafted tokens were taken")
     if found.with_tokens:
         words.append(f"{found.with_per_s:.1f} tok/s with drafts")
     if found.without_tokens:
         words.append(f"{found.without_per_s:.1f} without")
     if found.settled:
         words.append("the faster is kept")
+    # What runs now goes on as it was loaded: only a load can change it.
     elif not found.drafts_next and drafts:
         words.append("its next load goes without, to compare")
     return ", ".join(words)
@@ -12881,14 +13724,17 @@ def drafting_words(found: Drafting, drafts: bool) -> str:
 
 def drafts_by_itself(asked: Tier, ready: Tier) -> bool:
     """Whether a tier drafts because that was left to us: speculative = auto, or a draft alone."""
+    if asked.settings.get("speculative", "auto") != "auto":
+        return False
     settings = ready.settings
-    can = settings.get("speculative") == "mtp" or "draft" in settings
-    return can and asked.settings.get("speculative", "auto") == "auto"
+    return settings.get("speculative") == "mtp" or "draft" in settings
 
 
 def without_drafts(tier: Tier) -> Tier:
-    kept = [(k, v) for k, v in tier.server if k not in ("draft", "speculative")]
-    return tier._replace(server=(*kept, ("speculative", "off")))
+    settings = tier.settings
+    settings.pop("draft", None)
+    settings["speculative"] = "off"
+    return tier._replace(server=tuple(settings.items()))
 
 
 class Drafts:
@@ -12904,7 +13750,9 @@ class Drafts:
     def _found(self, identity: str) -> Drafting:
         """Whoever holds the lock asks."""
         row = self._rows.get(identity)
-        if not isinstance(row, list) or len(row) != len(Drafting._fields):
+        if not isinstance(row, list):
+            return Drafting()
+        if len(row) != len(Drafting._fields):   # of another version
             return Drafting()
         return Drafting(*map(_quantity, row))
 
@@ -12917,15 +13765,19 @@ class Drafts:
                 return ready
             drafts = self._found(identity).drafts_next
             self._running[asked.name] = (identity, drafts)
-        return ready if drafts else without_drafts(ready)
+        if drafts:
+            return ready
+        return without_drafts(ready)
 
     def hear(self, row: Mapping[str, Any]) -> None:
         """Learn from the record's row of an answer."""
-        is_whole = row["ended"] == "done" and row.get("output")
-        if not is_whole or not row.get("per_s"):
+        # One that was broken off says nothing of how fast its end would have been.
+        is_timed = row.get("output") and row.get("per_s")
+        if row["ended"] != "done" or not is_timed:
             return
+        name = row["tier"]
         with self._lock:
-            identity, drafts = self._running.get(row["tier"], ("", False))
+            identity, drafts = self._running.get(name, ("", False))
             found = self._found(identity)
             if not identity or found.settled:
                 return
@@ -12933,7 +13785,8 @@ class Drafts:
             self._rows = newest_rows(self._rows, identity, list(found))
             text = json.dumps(self._rows)
         if found.settled:
-            self._log.info(f"{row['tier']}: {drafting_words(found, found.drafts_next)}")
+            words = drafting_words(found, found.drafts_next)
+            self._log.info(f"{name}: {words}")
         try:
             write_atomic(self._path, text)
         except UserError as exc:
@@ -12941,9 +13794,11 @@ class Drafts:
 
     def said(self) -> Dict[str, str]:
         """Tier -> what there is to say of its drafting."""
+        words = {}
         with self._lock:
-            return {name: drafting_words(self._found(identity), drafts)
-                    for name, (identity, drafts) in self._running.items()}
+            for name, (identity, drafts) in self._running.items():
+                words[name] = drafting_words(self._found(identity), drafts)
+        return words
 
 
 # ---- what `probe` has measured, kept for as long as machine, weights, build and flags stay
@@ -12955,29 +13810,31 @@ def probes_file(data: str) -> str:
 
 def probe_identity(tier: Tier, config: Config, env: Mapping[str, str], data: str) -> str:
     """Names all that a measurement of a tier holds for; "" where it cannot be loaded here."""
-    tier = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)  # by the memory that is free now
     path = cached_model(weights_for(tier), env)
     try:
         program = find_llama_server(tier_config(config, tier), env, data)
-        if not (path and program):
+        if not path or not program:
             return ""
         status = os.stat(path)
-        facts = [
-            socket.gethostname(),
-            build_stamp(program),
-            os.path.realpath(path),
-            str(status.st_size),
-            str(status.st_mtime_ns),
-        ]
+        stamp = build_stamp(program)
     except (OSError, UserError):
         return ""
-    flags = [" ".join(flag) for flag in all_flags(tier, config)]
-    return digest_of(*facts, *flags)
+    # These two follow from the memory that is free now, and say nothing of speed.
+    plain = tier._replace(cache_ram_mib=-1, ctx_checkpoints=-1)
+    return digest_of(
+        socket.gethostname(),                   # a home directory may be of several machines
+        stamp,
+        os.path.realpath(path),                 # in the hub's cache it has the file's hash in it
+        str(status.st_size),
+        str(status.st_mtime_ns),
+        *map(" ".join, all_flags(plain, config)),
+    )
 
 
 def known_probes(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Dict[str, Any]]:
     """Tier -> what `probe` has found, of those for which it holds still."""
     rows = _read_json(probes_file(data))
+    # Without any, no llama-server is looked for.
     if not rows:
         return {}
     found = {}
@@ -12995,10 +13852,12 @@ def true_config(config: Config, places: Places,
     true = with_true_contexts(config, trained)
     for before, after in zip(config.tiers, true.tiers):
         if warn and before != after:
-            at = ini_line(places, before.name, "ctx_size")
-            warn(f"{at}: ctx_size {before.ctx_size:,} of [{before.name}] is more than its model was"
+            name = before.name
+            at = ini_line(places, name, "ctx_size")
+            warn(f"{at}: ctx_size {before.ctx_size:,} of [{name}] is more than its model was"
                  f" trained for; {after.ctx_size:,} counts")
-    return with_probes(true, known_probes(true, os.environ, places.data))
+    probes = known_probes(true, os.environ, places.data)
+    return with_probes(true, probes)
 
 
 # ==================================================================================================
@@ -13030,15 +13889,16 @@ def _named_python(head: bytes) -> str:
     if not found:
         return ""
     named = os.fsdecode(next(filter(None, found.groups())))
-    # env looks for a bare name on PATH.
     if "/" in named:
         return named
+    # Behind env stands a bare name, which is one on PATH.
     return find_program(named)
 
 
 def _python_of(program: str) -> str:
     """The Python that an installed program runs in. Errors: UserError where that cannot be told."""
-    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", os.path.basename(program)):
+    name = os.path.basename(program)
+    if re.match(r"(?:python|pypy)[0-9.]*(?:\.exe)?\Z", name):
         return program
     try:
         with open(program, "rb") as file:
@@ -13047,7 +13907,9 @@ def _python_of(program: str) -> str:
         # A program may be executable and not readable.
         python = ""
     if not python:
-        python = os.path.join(os.path.dirname(os.path.realpath(program)), "python" + EXE)
+        # An environment's programs lie beside its Python.
+        folder = os.path.dirname(os.path.realpath(program))
+        python = os.path.join(folder, "python" + EXE)
     if not os.access(python, os.X_OK):
         raise UserError(f"LITELLM_BIN names {program}, and which Python it runs in cannot be told:"
                         " nothing would keep web pages away from LiteLLM",
@@ -13064,7 +13926,7 @@ def _litellm_python(env: Mapping[str, str], data: str) -> str:
         found = _expand(named)
         if os.path.basename(named) == named:
             found = find_program(named, ())
-        if not found or not os.access(found, os.X_OK):
+        if not os.access(found, os.X_OK):
             raise UserError(f"LITELLM_BIN names {named}, which is no program here",
                             "correct it, or leave it out", 2)
         return _python_of(found)
@@ -13105,9 +13967,10 @@ def litellm_config_path(places: Places) -> str:
 def litellm_command(program: Sequence[str], places: Places, port: int) -> List[str]:
     """LiteLLM's start, whenever that comes: with the configuration as it is now, or not at all."""
     path = litellm_config_path(places)
+    # The guest refuses a file of another digest: it is not what was trusted.
     digest = _digest(_read_bytes(path))
-    return [*program, digest, "--config", path, "--host", "127.0.0.1",
-            "--port", str(port), "--telemetry", "False", "--num_workers", "1"]
+    options = f"--host 127.0.0.1 --port {port} --telemetry False --num_workers 1"
+    return [*program, digest, "--config", path, *options.split()]
 
 
 YAML_TIMEOUT_S = 10                            # a file made to be slow is no reason to wait longer
@@ -13141,7 +14004,7 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
     cache_path = os.path.join(places.data, "litellm.json")
     cache = _read_json(cache_path)
     digest = _digest(data)
-    known = parse_litellm_file(cache.pop(digest, None))
+    known = parse_litellm_file(cache.get(digest))
     if known:
         return known
     try:
@@ -13153,8 +14016,9 @@ def read_litellm_file(places: Places, env: Mapping[str, str]) -> Optional[Litell
         known = parse_litellm_file(answer)
         if known:
             # Eight versions are enough for the files of the projects in use.
-            latest = dict(list(cache.items())[-7:])
-            write_atomic(cache_path, json.dumps({**latest, digest: answer}))
+            cache[digest] = answer
+            latest = list(cache.items())[-8:]
+            write_atomic(cache_path, json.dumps(dict(latest)))
     except (UserError, UnicodeDecodeError):
         # A damaged LITELLM_BIN or file is said by who starts LiteLLM, not by who looks.
         pass
@@ -13199,12 +14063,15 @@ def plan_proxy(places: Places, config: Config, env: Mapping[str, str]) -> Option
     program = find_litellm(env, places.data)
     if not program:
         return None
-    command = litellm_command(program, places, config.litellm_port)
+    port = config.litellm_port
+    command = litellm_command(program, places, port)
     lacking = lacking_credentials(places, config, env, True)
-    able = [hosted for hosted in litellm_tiers(config) if hosted.name not in lacking]
     # Only what auto may ask is worth a proxy before anybody has asked.
-    preload = any(hosted.role in LADDER_ROLES for hosted in able)
-    return ProxyPlan(tier, tuple(command), config.litellm_port, PROXY_HEALTH, preload)
+    preload = False
+    for hosted in litellm_tiers(config):
+        if hosted.role in LADDER_ROLES and hosted.name not in lacking:
+            preload = True
+    return ProxyPlan(tier, tuple(command), port, PROXY_HEALTH, preload)
 
 
 def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> Dict[str, str]:
@@ -13212,16 +14079,18 @@ def unserved_hosted(places: Places, config: Config, env: Mapping[str, str]) -> D
     tiers = litellm_tiers(config)
     if not tiers:
         return {}
-    why = ""
+    why = INSTALL_LITELLM
     try:
-        if not find_litellm(env, places.data):
-            why = INSTALL_LITELLM
+        if find_litellm(env, places.data):
+            why = ""
     except UserError as exc:
         why = str(exc)
     if why:
         return {tier.name: why for tier in tiers}
-    lacking = lacking_credentials(places, config, env, True)
-    return {name: f"missing {', '.join(names)}" for name, names in lacking.items()}
+    unserved = {}
+    for name, variables in lacking_credentials(places, config, env, True).items():
+        unserved[name] = f"missing {', '.join(variables)}"
+    return unserved
 
 
 def _extended_litellm(path: str, program: Sequence[str],
@@ -13243,46 +14112,46 @@ def _extended_litellm(path: str, program: Sequence[str],
         return {"why": "it is not UTF-8"}
     if program:
         return ask_litellm_yaml(program, text, wanted)
+    # Where every name stands somewhere in it, nobody is told to put in what is there.
     if all(name in text for name, _ in wanted):
         return {}
     return {"why": "LiteLLM, whose parser that takes, is not installed"}
 
 
-def write_litellm_config(places: Places, config: Config, program: Sequence[str],
-                         say: Callable[[str], None]) -> bool:
-    """Give litellm_config.yaml an entry for each hosted tier without one; True when it changed.
+def write_litellm_config(places: Places, config: Config, program: Sequence[str], say: Say) -> None:
+    """Give litellm_config.yaml an entry for each hosted tier without one.
 
     A file that cannot be extended without a doubt is left alone, and the user shown what to put in.
     Errors: UserError.
     """
     path = litellm_config_path(places)
     wanted = litellm_entries(config)
-    if not wanted:
-        return False
-    there = os.path.exists(path)
+    fate = "not written"
+    if os.path.exists(path):
+        fate = "left alone"
     answer = _extended_litellm(path, program, wanted)
     if answer.get("why"):
-        fate = "left alone" if there else "not written"
-        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n"
-            f"{render_litellm_entries(wanted)}")
-        return False
+        entries = render_litellm_entries(wanted)
+        say(f"{path} is {fate} ({answer['why']}). See that its model_list has:\n{entries}")
+        return
     for difference in litellm_differences(config, parse_litellm_file(answer)):
         say(f"Note: {difference}")
     if not answer.get("added"):
-        return False
-    verb = "Extended" if _read_bytes(path) else "Wrote"
+        return
+    verb = "Wrote"
+    if _read_bytes(path):
+        verb = "Extended"
     # What was trusted stays so: the change is ours.
     with trust_lock(places):
         trusted = is_trusted(places, "run")
         write_atomic(path, answer["text"])
         if trusted:
             record_effects(places, "run", part_effects(places, "run"))
-    say(f"{verb} {path}: {', '.join(answer['added'])}")
-    return True
+    added = ", ".join(answer["added"])
+    say(f"{verb} {path}: {added}")
 
 
-def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
-                   say: Callable[[str], None], ask: Callable[[str], Optional[bool]]) -> str:
+def prepare_hosted(places: Places, config: Config, say: Say, ask: Ask) -> str:
     """What `install` and `start` do for LiteLLM tiers: offer LiteLLM, then give them their entries.
 
     `ask` answers None without a terminal. Returns why they will not be served, or "".
@@ -13290,12 +14159,13 @@ def prepare_hosted(places: Places, config: Config, env: Mapping[str, str],
     """
     if not litellm_tiers(config):
         return ""
-    program = find_litellm(env, places.data)
+    data = places.data
+    program = find_litellm(places.env, data)
     if not program:
-        where = environment_dir(LITELLM, places.data)
+        where = environment_dir(LITELLM, data)
         if ask(f"Hosted tiers need {LITELLM.what}. Install it into {where}? [y/N] "):
-            install_environment(LITELLM, places.data, say)
-            program = find_litellm(env, places.data)
+            install_environment(LITELLM, data, say)
+            program = find_litellm(places.env, data)
     write_litellm_config(places, config, program, say)
     if not program:
         return INSTALL_LITELLM
@@ -13354,15 +14224,29 @@ MAX_TALK_BYTES = 4 * 1024 * 1024                # ...the longest request of one 
 _EDGE_BYTES = 64 * 1024
 # Whose values do not change what is saved. (Of 8 checkpoints that a slot was saved with, a server
 # that may keep 1 takes back as much of the prompt: sliding windows and a hybrid model, b11669.)
-_NOT_IN_KV = ("--port", "--cache-ram", "--ctx-checkpoints", "--threads",
-              "--slot-prompt-similarity", "--slot-save-path")
+_NOT_IN_KV = (
+    "--port",
+    "--cache-ram",
+    "--ctx-checkpoints",
+    "--threads",
+    "--slot-prompt-similarity",
+    "--slot-save-path",
+)
+
+# What a request has no more when it is asked again, for one token and with no stream to read.
+_NOT_AGAIN = (
+    "max_completion_tokens",
+    "n_predict",
+    "stream_options",
+)
 
 
-def talk_turns(values: Mapping[str, Any]) -> Any:
+def talk_turns(values: Mapping[str, Any]) -> Union[List[Any], str]:
     """What a request's prompt grows by: a list of messages, or text."""
     for key in ("messages", "input", "prompt"):
-        if isinstance(values.get(key), (list, str)):
-            return values[key]
+        turns = values.get(key)
+        if isinstance(turns, (list, str)):
+            return turns
     return ""
 
 
@@ -13371,56 +14255,53 @@ def beginning(values: Mapping[str, Any], turns: int) -> str:
     said = talk_turns(values)
     if not turns or len(said) < turns:
         return ""
-    above = [values.get("system"), values.get("instructions"), values.get("tools")]
-    return digest_of(json.dumps([above, said[:turns]]))
+    # A prompt begins with these, wherever the request has them.
+    above = list(map(values.get, ("system", "instructions", "tools")))
+    text = json.dumps([above, said[:turns]])
+    return digest_of(text)
 
 
 class Talk(NamedTuple):
     """A conversation that a loaded model has answered, as it was asked last."""
 
-    target: str
-    body: bytes
-    turns: int                                  # messages, or characters of a plain prompt
-    begins: str                                 # what beginning() says of all these
-    prompt: int                                 # tokens
-    tokens: int                                 # of prompt and answer
     at: float                                   # when, in seconds since 1970
+    target: str = ""
+    body: bytes = b""
+    turns: int = 0                              # messages, or characters of a plain prompt
+    begins: str = ""                            # what beginning() says of all these
+    prompt: int = 0                             # tokens
+    tokens: int = 0                             # of prompt and answer
 
     def is_in(self, slot_tokens: int) -> bool:
         """Whether a slot with so many tokens holds it: all but the last, which was never read."""
         return slot_tokens in (self.tokens - 1, self.tokens)
 
 
-NO_TALK = Talk("", b"", 0, "", 0, 0, 0.0)
-
-
 class Parked(NamedTuple):
     """A saved slot, as the .json beside its .kv tells it."""
 
-    slot: int
-    tokens: int
-    edges: str                                  # of the .kv, see file_edges
-    turns: int                                  # of the conversation in it, see Talk
-    begins: str
-    prompt: int
-    body_bytes: int                             # of its last request
+    slot: int = 0
+    tokens: int = 0
+    edges: str = ""                             # of the .kv, see file_edges
+    turns: int = 0                              # of the conversation in it, see Talk
+    begins: str = ""
+    prompt: int = 0
+    body_bytes: int = 0                         # of its last request
 
     def goes_on_in(self, values: Mapping[str, Any]) -> bool:
         """Whether a request begins with all of its conversation."""
-        return bool(self.begins) and beginning(values, self.turns) == self.begins
+        if not self.begins:
+            return False
+        return beginning(values, self.turns) == self.begins
 
 
 def parse_parked(row: Mapping[str, Any]) -> Parked:
     """Errors: KeyError, TypeError, ValueError for what is no row of this version."""
-    return Parked(
-        slot=int(row["slot"]),
-        tokens=int(row["tokens"]),
-        edges=str(row["edges"]),
-        turns=int(row["turns"]),
-        begins=str(row["begins"]),
-        prompt=int(row["prompt"]),
-        body_bytes=int(row["body_bytes"]),
-    )
+    values = []
+    for name, usual in Parked()._asdict().items():
+        kind = type(usual)                      # a field's default is of its type
+        values.append(kind(row[name]))
+    return Parked(*values)
 
 
 def parked_dir(data: str) -> str:
@@ -13429,11 +14310,12 @@ def parked_dir(data: str) -> str:
 
 def parking_flags(data: str) -> List[str]:
     """llama-server's; none where the directory cannot be made, for it does not start without."""
+    directory = parked_dir(data)
     try:
-        make_private_dir(parked_dir(data))
+        make_private_dir(directory)
     except OSError:
         return []
-    return ["--slot-save-path", parked_dir(data)]
+    return ["--slot-save-path", directory]
 
 
 def file_edges(path: str) -> str:
@@ -13441,44 +14323,57 @@ def file_edges(path: str) -> str:
     import hashlib
     digest = hashlib.sha256()
     with open(path, "rb", opener=_open_at_once) as file:
-        size = os.fstat(file.fileno()).st_size
+        status = os.fstat(file.fileno())
         digest.update(file.read(_EDGE_BYTES))
-        file.seek(max(size - _EDGE_BYTES, 0))
+        last = max(status.st_size - _EDGE_BYTES, 0)
+        file.seek(last)
         digest.update(file.read())
-    return f"{size}-{digest.hexdigest()[:16]}"
+    return f"{status.st_size}-{digest.hexdigest()[:16]}"
 
 
 def parking_identity(command: Sequence[str], weights: str, env: Mapping[str, str]) -> str:
     """Names all that changes what a saved slot means: build, weights, flags. Errors: OSError."""
     program = command[:command.index("--host")]
-    settings = sorted(f"{k}={v}" for k, v in env.items() if k.startswith("LLAMA_ARG_"))
-    changed = str(os.stat(weights).st_mtime_ns)
-    facts = [build_stamp(program), file_edges(weights), changed, *settings]
-    for flag, word in zip(["", *command], command):
-        if flag not in _NOT_IN_KV and word not in _NOT_IN_KV:
+    changed = os.stat(weights).st_mtime_ns
+    facts = [
+        build_stamp(program),
+        file_edges(weights),
+        str(changed),
+    ]
+    # llama-server takes each of its flags from the environment, too.
+    for name in sorted(env):
+        if name.startswith("LLAMA_ARG_"):
+            facts.append(f"{name}={env[name]}")
+    before = ""
+    for word in command:
+        if not {before, word}.intersection(_NOT_IN_KV):
             facts.append(word)
+        before = word
     return digest_of(*facts)
 
 
 def parking_notes(data: str) -> Dict[str, str]:
     """Model -> why nothing of it is parked."""
     notes = {}
-    for name in _names_in(parked_dir(data)):
-        if name.endswith(".off"):
-            said = _read_json(os.path.join(parked_dir(data), name))
-            notes[str(said.get("model"))] = f"off: {visible(str(said.get('why')))}"
+    directory = parked_dir(data)
+    for name in _names_in(directory, ".off"):
+        said = _read_json(os.path.join(directory, name))
+        model = str(said.get("model"))
+        why = str(said.get("why"))
+        notes[model] = f"off: {visible(why)}"
     return notes
 
 
 def forget_parked(data: str) -> int:
     """Delete every parked conversation; returns the bytes. Errors: UserError."""
     freed = 0
-    for name in _names_in(parked_dir(data)):
-        path = os.path.join(parked_dir(data), name)
+    directory = parked_dir(data)
+    for name in _names_in(directory):
+        path = os.path.join(directory, name)
         freed += file_size(path)
         try:
             os.unlink(path)
-        except FileNotFoundError:
+        except FileNotFoundError:               # a daemon has saved it anew, or dropped it
             pass
         except OSError as exc:
             raise path_error("delete", path, exc) from None
@@ -13487,8 +14382,11 @@ def forget_parked(data: str) -> int:
 
 def io_bytes(pid: int, count: str) -> int:
     """What Linux counts of a process: `rchar` it has read, `read_bytes` off disks; elsewhere -1."""
-    found = re.search(rf"^{count}: ([0-9]+)", read_text(f"/proc/{pid}/io"), re.MULTILINE)
-    return int(found.group(1)) if found else -1
+    for line in read_text(f"/proc/{pid}/io").splitlines():
+        name, _, number = line.partition(": ")
+        if name == count:
+            return int(number)
+    return -1
 
 
 def _changed_s(path: str) -> float:
@@ -13497,6 +14395,27 @@ def _changed_s(path: str) -> float:
         return os.stat(path).st_mtime
     except OSError:
         return 0.0
+
+
+# Prompts of so many tokens on -> the name of the speed at which they are read.
+_READ_NAMES = {
+    0: "read",
+    8_192: "read8192",
+    32_768: "read32768",
+    131_072: "read131072",
+}
+
+
+def _read_names(tokens: int) -> List[str]:
+    """The names of reading speeds, the one for prompts of so many tokens first."""
+    shorter = []
+    longer = []
+    for least, name in _READ_NAMES.items():
+        if least <= tokens:
+            shorter.append(name)
+        else:
+            longer.append(name)
+    return [*reversed(shorter), *longer]
 
 
 class Speeds:
@@ -13508,15 +14427,11 @@ class Speeds:
     such as a daemon and `probe`: what one has written the others take in.
     """
 
-    READ_STEPS = (0, 8_192, 32_768, 131_072)
-    READ_NAMES = tuple(f"read{step or ''}" for step in READ_STEPS)
-    MOST = 64                                   # models, builds and flags
-
     def __init__(self, data: str) -> None:
         self._path = os.path.join(data, "speeds.json")
         self._lock = threading.Lock()
-        self._rows: Dict[str, Any] = {}
-        self._news: Set[str] = set()            # identities of what is not written yet
+        self._rows: Dict[str, Any] = {}         # those used last are the last
+        self._news: Dict[str, Any] = {}         # of these, what is not written yet
         self._read_s = 0.0                      # when what has been read was written
         self._take_in()
 
@@ -13527,48 +14442,47 @@ class Speeds:
             return
         with self._lock:
             rows = _read_json(self._path)
-            for identity in [name for name in self._rows if name in self._news]:
-                rows.pop(identity, None)        # what is news goes behind all others
-                rows[identity] = self._rows[identity]
-            self._rows, self._read_s = rows, changed_s
+            for identity, row in self._news.items():
+                rows = newest_rows(rows, identity, row)
+            self._rows = rows
+            self._read_s = changed_s
 
     def get(self, identity: str, *names: str) -> float:
         """The first speed known of several names; 0.0 for none."""
         row = dict_of(self._rows.get(identity))
         for name in names:
             found = row.get(name)
-            if found and isinstance(found, (int, float)) and found > 0:
+            if not isinstance(found, (int, float)):
+                continue
+            if found > 0:
                 return float(found)
         return 0.0
 
     def note(self, identity: str, model: str, what: str, value: float) -> None:
         """Learn from one answer, load or save: it moves what is known by a third."""
         known = self.get(identity, what) or value
-        learnt = known + (value - known) / 3
+        news = value - known
+        learnt = known + news / 3
         with self._lock:
-            row = dict_of(self._rows.pop(identity, None))
-            self._rows[identity] = {**row, "model": model, what: round(learnt, 2)}
-            self._news.add(identity)
-
-    @classmethod
-    def _read_names(cls, tokens: int) -> List[str]:
-        """The names of reading speeds, the one for prompts of so many tokens first."""
-        own = bisect.bisect_right(cls.READ_STEPS, tokens) - 1
-        shorter, longer = cls.READ_NAMES[own::-1], cls.READ_NAMES[own + 1:]
-        return [*shorter, *longer]
+            row = dict_of(self._rows.get(identity))
+            row = {**row, "model": model, what: round(learnt, 2)}
+            self._rows = newest_rows(self._rows, identity, row)
+            self._news = newest_rows(self._news, identity, row)
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
-        return self.get(identity, *self._read_names(max(tokens, 0)))
+        return self.get(identity, *_read_names(tokens))
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
         """Learn from an answer's timings; too few tokens tell nothing."""
         read_tokens = counts.prompt - counts.cached
-        if read_tokens >= LEAST_READ_TOKENS and counts.read_per_s:
-            name = self._read_names(counts.prompt)[0]
-            self.note(identity, model, name, counts.read_per_s)
-        if counts.output >= LEAST_WRITTEN_TOKENS and counts.written_per_s:
-            self.note(identity, model, "written", counts.written_per_s)
+        per_s = counts.read_per_s
+        if per_s and read_tokens >= LEAST_READ_TOKENS:
+            names = _read_names(counts.prompt)
+            self.note(identity, model, names[0], per_s)
+        per_s = counts.written_per_s
+        if per_s and counts.output >= LEAST_WRITTEN_TOKENS:
+            self.note(identity, model, "written", per_s)
 
     def note_load(self, identity: str, model: str, load_s: float, pid: int, weights: str) -> None:
         """Learn how long a load took: off the disk where half of the weights came from there."""
@@ -13583,7 +14497,8 @@ class Speeds:
 
     def model_of(self, identity: str) -> str:
         """The model that an identity was last of, "" where it is not known."""
-        return str(dict_of(self._rows.get(identity)).get("model", ""))
+        row = dict_of(self._rows.get(identity))
+        return str(row.get("model", ""))
 
     def identity_of(self, model: str) -> str:
         """The identity under which a model was used last; "" where it never was."""
@@ -13599,19 +14514,15 @@ class Speeds:
         with self._lock:
             if not self._news:
                 return
-            self._news.clear()
-            self._rows = dict(list(self._rows.items())[-self.MOST:])
-            write_atomic(self._path, json.dumps(self._rows, indent=1))
+            self._news = {}
+            text = json.dumps(self._rows, indent=1)
+            write_atomic(self._path, text)
             self._read_s = _changed_s(self._path)
 
 
-def _stem_parts(name: str) -> Tuple[str, int]:
-    """IDENTITY-N.kv -> (IDENTITY, N)."""
-    stem = name.rpartition(".")[0]
-    identity, _, number = stem.rpartition("-")
-    if not number.isdigit():
-        return identity, -1
-    return identity, int(number)
+def _identity_in(name: str) -> str:
+    """IDENTITY-N.kv -> IDENTITY."""
+    return name.rpartition("-")[0]
 
 
 class Parking:
@@ -13625,13 +14536,14 @@ class Parking:
         self.speeds = Speeds(data)
         self.parks = config.park_gb > 0
         self.every_s = config.park_every_min * 60
-        self._most_bytes, self._after_s = config.park_gb * 1e9, config.park_after_s
-        self._lock = threading.Lock()
+        self._most_bytes = config.park_gb * 1e9
+        self._after_s = config.park_after_s
+        self._lock = threading.Lock()           # of the room there is
         if self.parks:
             make_private_dir(self.directory)
-        for name in _names_in(self.directory):  # half a save, of a daemon that was killed
-            if name.endswith(".tmp"):
-                _remove(self.path(name))
+        # Half a save, of a daemon that was killed.
+        for name in _names_in(self.directory, ".tmp"):
+            _remove(self.path(name))
 
     def path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -13642,7 +14554,10 @@ class Parking:
     def worth(self, identity: str, tokens: int) -> bool:
         """Whether reading so much again would take longer than park_after_s."""
         per_s = self.speeds.reading(identity, tokens)
-        return self.parks and per_s > 0 and tokens / per_s > self._after_s
+        if not self.parks or not per_s:
+            return False
+        again_s = tokens / per_s
+        return again_s > self._after_s
 
     # ---- files
 
@@ -13650,16 +14565,22 @@ class Parking:
         return os.path.exists(self.path(identity + ".off"))
 
     def turn_off(self, identity: str, model: str, why: str) -> None:
-        write_atomic(self.path(identity + ".off"), json.dumps({"model": model, "why": why}))
+        """Park nothing more under an identity, and drop what is there. Errors: UserError."""
+        row = {
+            "model": model,
+            "why": why,
+        }
+        write_atomic(self.path(identity + ".off"), json.dumps(row))
         for parked in self.saved(identity):
             self.drop(identity, parked.slot)
 
     def try_again(self, identity: str, model: str) -> None:
         """What was said of another build of llama.cpp, or other weights, holds no longer."""
-        for name in _names_in(self.directory):
+        own = identity + ".off"
+        for name in _names_in(self.directory, ".off"):
             path = self.path(name)
-            other = name.endswith(".off") and name != identity + ".off"
-            if other and _read_json(path).get("model") == model:
+            said = _read_json(path)
+            if name != own and said.get("model") == model:
                 _remove(path)
 
     def saved(self, identity: str) -> List[Parked]:
@@ -13669,48 +14590,61 @@ class Parking:
         from those that are under way.
         """
         found = []
-        for name in _names_in(self.directory):
-            if not name.endswith(".json") or _stem_parts(name)[0] != identity:
+        for name in _names_in(self.directory, ".json"):
+            if _identity_in(name) != identity:
                 continue
+            path = self.path(name)
             try:
-                found.append(parse_parked(_read_json(self.path(name))))
+                found.append(parse_parked(_read_json(path)))
             except (KeyError, TypeError, ValueError):           # of another version
-                _remove(self.path(name))
-        found.sort(key=lambda parked: parked.tokens, reverse=True)
-        return sorted(found, key=lambda parked: self.used(identity, parked.slot), reverse=True)
+                _remove(path)
+
+        def age(parked: Parked) -> Tuple[float, int]:
+            return self.used(identity, parked.slot), parked.tokens
+
+        return sorted(found, key=age, reverse=True)
 
     def rows(self) -> List[Dict[str, Any]]:
         """What is parked of every model, the last used first: counts, bytes, a time, no text."""
         rows = []
-        for identity in {_stem_parts(name)[0] for name in _names_in(self.directory)}:
+        names = _names_in(self.directory, ".json")
+        for identity in set(map(_identity_in, names)):
             for parked in self.saved(identity):
+                path = self.slot_path(identity, parked.slot)
                 rows.append({
                     "tier": self.speeds.model_of(identity),
                     "tokens": parked.tokens,
                     "turns": parked.turns,
-                    "bytes": file_size(self.slot_path(identity, parked.slot)),
-                    "used": round(self.used(identity, parked.slot)),
+                    "bytes": file_size(path),
+                    "used": round(_changed_s(path)),
                 })
         return sorted(rows, key=lambda row: -row["used"])
 
     def intact(self, identity: str, parked: Parked) -> bool:
+        """Whether its file has the beginning and the end that it was kept with."""
         try:
-            return file_edges(self.slot_path(identity, parked.slot)) == parked.edges
+            edges = file_edges(self.slot_path(identity, parked.slot))
         except OSError:
             return False
+        return edges == parked.edges
 
     def keep(self, identity: str, parked: Parked, temporary: str, used: float) -> None:
         """Take a file that has been written whole, `used` last then. Errors: OSError, UserError."""
-        stem = self.path(f"{identity}-{parked.slot}")
         os.chmod(temporary, 0o600)
         os.utime(temporary, (used, used))
-        write_atomic(stem + ".json", json.dumps(parked._asdict()))
+        stem = self.path(f"{identity}-{parked.slot}")
+        row = json.dumps(parked._asdict())
+        # This one first: a .kv of which nothing is known is never restored.
+        write_atomic(stem + ".json", row)
         replace_file(temporary, stem + ".kv")
         self.make_room()
 
+    def _drop_stem(self, stem: str) -> None:
+        _remove(self.path(stem + ".kv"))
+        _remove(self.path(stem + ".json"))
+
     def drop(self, identity: str, slot: int) -> None:
-        for end in (".kv", ".json"):
-            _remove(self.path(f"{identity}-{slot}{end}"))
+        self._drop_stem(f"{identity}-{slot}")
 
     def used(self, identity: str, slot: int) -> float:
         """When a parked conversation was last answered, in seconds since 1970; 0.0: it is gone."""
@@ -13721,19 +14655,21 @@ class Parking:
         import shutil
         with self._lock:
             files = []
-            for name in _names_in(self.directory):
-                if name.endswith(".kv"):
-                    status = os.stat(self.path(name))
-                    files.append((status.st_mtime_ns, name, status.st_size))
-            total = sum(size for _, _, size in files)
-            free = shutil.disk_usage(self.directory).free
-            room = min(self._most_bytes, total + free - PARKED_LEAST_FREE_BYTES)
+            total = 0
+            for name in _names_in(self.directory, ".kv"):
+                status = os.stat(self.path(name))
+                size = status.st_size
+                files.append((status.st_mtime_ns, name, size))
+                total += size
+            # What is parked already may be dropped for it, so its bytes count as free.
+            free = shutil.disk_usage(self.directory).free + total
+            room = min(self._most_bytes, free - PARKED_LEAST_FREE_BYTES)
             if more_bytes > room:
                 return False
             for _, name, size in sorted(files):                 # the longest unused first
                 if total + more_bytes <= room:
                     break
-                self.drop(*_stem_parts(name))
+                self._drop_stem(name[:-len(".kv")])
                 total -= size
         return True
 
@@ -13747,14 +14683,14 @@ def open_parking(data: str, config: Config, log: Log) -> Optional[Parking]:
         return None
 
 
-def model_pace(parking: Optional[Parking], identity: str, tokens: int) -> Pace:
+def model_pace(parking: Parking, identity: str, tokens: int) -> Pace:
     """What is known of a model that is not loaded, with a prompt of so many tokens."""
-    if parking is None or not identity:
-        return Pace()
-    per_s = parking.speeds.reading(identity, tokens)
-    load_s = parking.speeds.load_s(identity)
-    keeps = parking.worth(identity, tokens) and not parking.off(identity)
-    return Pace(per_s, load_s, False, keeps)
+    is_worth = parking.worth(identity, tokens)
+    return Pace(
+        read_per_s=parking.speeds.reading(identity, tokens),
+        load_s=parking.speeds.load_s(identity),
+        keeps=is_worth and not parking.off(identity),
+    )
 
 
 class Slot(NamedTuple):
@@ -13769,7 +14705,8 @@ class Numbers:
     """Under which number a slot is saved, and so into which slot it comes back."""
 
     def __init__(self, slots: Sequence[int], saved: Sequence[Parked]) -> None:
-        self._slots, self._saved = slots, saved
+        self._slots = slots
+        self._saved = saved                     # the last used first
         self.used: List[int] = []               # in this round
 
     def left(self) -> List[int]:
@@ -13781,18 +14718,19 @@ class Numbers:
         The file of its slot may hold another conversation, which was restored there and has left
         for the host's cache as this one was asked.
         """
-        values, left = parse_json_object(talk.body), self.left()
+        values = parse_json_object(talk.body)
+        left = self.left()
         kept = [parked for parked in self._saved if parked.slot in left]
         for parked in kept:
             if parked.goes_on_in(values):
                 return parked.slot
-        taken = {parked.slot for parked in kept}
+        taken = [parked.slot for parked in kept]
         empty = [number for number in left if number not in taken]
         if slot in empty or not left:
             return slot
         if empty:
             return empty[0]
-        return kept[-1].slot
+        return taken[-1]
 
 
 class Bay:
@@ -13800,53 +14738,76 @@ class Bay:
 
     def __init__(self, parking: Parking, tier: Tier, identity: str, upstream: Upstream,
                  log: Log) -> None:
-        self._parking, self._log = parking, log
-        self._name, self._context = tier.name, tier.ctx_size
-        self.identity, self._upstream = identity, upstream
+        self._parking = parking
+        self._speeds = parking.speeds
+        self._name = tier.name
+        self._context = tier.ctx_size
+        self.identity = identity
+        self._upstream = upstream
+        self._log = log
         self.parks = parking.parks              # its server may know nothing of it
         self.tokens = 0                         # of the last answer, with its prompt
-        self._talks: List[Talk] = []
+        self._lock = threading.Lock()           # of the three below
+        self._talks: List[Talk] = []            # the one asked last is the last
         self._restored: List[Parked] = []       # until the first answer has proved it
         self._asked = 0                         # requests
-        self._lock = threading.Lock()           # of the two above
         self._saving = threading.Lock()
         self._saved_at = self._answered_at = time.monotonic()
 
+    def _warn(self, words: str) -> None:
+        self._log.warning(f"{self._name}: {words}")
+
+    def _learn(self, what: str, value: float) -> None:
+        self._speeds.note(self.identity, self._name, what, value)
+
+    def _is_worth(self, tokens: int) -> bool:
+        return self._parking.worth(self.identity, tokens)
+
     def fresh(self) -> bool:
         """Whether no slot has been used yet. Errors: OSError, ValueError."""
-        return not any(slot.tokens or slot.is_busy for slot in self._slots())
+        slots = self._slots()
+        return not any(slot.tokens or slot.is_busy for slot in slots)
+
+    def _restore_file(self, parked: Parked) -> int:
+        """The status with which a parked conversation is restored; 0 for no answer."""
+        name = f"{self.identity}-{parked.slot}.kv"
+        try:
+            status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
+        except (OSError, ValueError):
+            return 0
+        return status
 
     def restore(self) -> bool:
         """Fill a fresh server's slots; False where it went silent over a file, now gone."""
-        parking, identity = self._parking, self.identity
+        parking = self._parking
+        identity = self.identity
         parking.try_again(identity, self._name)
-        left, began = self._context, time.monotonic()
+        began = time.monotonic()
+        tokens = 0
         for parked in parking.saved(identity):
             if not parking.intact(identity, parked):
                 parking.drop(identity, parked.slot)
                 continue
-            if parked.tokens > left:            # it would throw out one that is back already
+            # It would throw out one that is back already.
+            if tokens + parked.tokens > self._context:
                 continue
-            status, name = 0, f"{identity}-{parked.slot}.kv"
-            try:
-                status, _ = self._ask_slot(parked.slot, "restore", name, PARK_S)
-            except (OSError, ValueError):
-                pass
-            if status != 200:
-                self._log.warning(f"{self._name}: a parked conversation is dropped, its restore"
-                                  f" is answered {status or 'not at all'}")
-                parking.drop(identity, parked.slot)
-            if not status:
-                return False
+            status = self._restore_file(parked)
             if status == 200:
                 self._restored.append(parked)
-                left -= parked.tokens
-        if self._restored:
-            tokens = sum(parked.tokens for parked in self._restored)
+                tokens += parked.tokens
+                continue
+            self._warn("a parked conversation is dropped, its restore is answered"
+                       f" {status or 'not at all'}")
+            parking.drop(identity, parked.slot)
+            if not status:
+                return False
+        count = len(self._restored)
+        if count:
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "restored", tokens / max(took_s, 1e-3))
-            self._log.info(f"{self._name}: restored {tokens:,} tokens of {len(self._restored)}"
-                           f" conversations in {took_s:.2f} s")
+            per_s = tokens / max(took_s, 1e-3)
+            self._learn("restored", per_s)
+            self._log.info(f"{self._name}: restored {tokens:,} tokens of {count} conversations"
+                           f" in {took_s:.2f} s")
         return True
 
     def wants(self, body_bytes: int) -> bool:
@@ -13855,9 +14816,12 @@ class Bay:
             self._asked += 1
         if body_bytes > MAX_TALK_BYTES or not self.parks:
             return False
-        if self._restored or not self._parking.speeds.reading(self.identity, 0):
+        # What is not known yet this request may teach.
+        is_known = self._speeds.reading(self.identity, 0)
+        if self._restored or not is_known:
             return True
-        return self._parking.worth(self.identity, body_bytes // 2)
+        most_tokens = body_bytes // 2
+        return self._is_worth(most_tokens)
 
     def make_findable(self, body: bytes) -> None:
         """Make a restored conversation findable for `body`, the first to be asked after a load.
@@ -13867,62 +14831,68 @@ class Bay:
         there only as a task begins: one of a single token, here.
         """
         with self._lock:
-            restored = self._restored if self._asked == 1 else []
-        values = parse_json_object(body) if restored else {}
-        found = [parked for parked in restored if parked.goes_on_in(values)]
-        if not any(parked.body_bytes < SURE_SIMILARITY * len(body) for parked in found):
+            if self._asked > 1:
+                return
+            restored = self._restored
+        least_bytes = SURE_SIMILARITY * len(body)
+        short = [parked for parked in restored if parked.body_bytes < least_bytes]
+        values = parse_json_object(body)
+        wanted = [parked for parked in short if parked.goes_on_in(values)]
+        if not wanted:
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
             self._upstream.get("/completion", PARK_S, "POST", JSON_LINE, body=task)
         except (OSError, ValueError) as exc:
-            self._log.warning(f"{self._name}: what was restored may be read again: {exc}")
+            self._warn(f"what was restored may be read again: {exc}")
 
     def note(self, target: str, body: bytes, counts: Counts) -> None:
         """Learn from an answer: the model's speed, a conversation, whether a restore has held."""
-        parking, identity = self._parking, self.identity
         self._answered_at = time.monotonic()
-        parking.speeds.note_answer(identity, self._name, counts)
-        tokens = self.tokens = counts.prompt + counts.output
+        self._speeds.note_answer(self.identity, self._name, counts)
+        self.tokens = counts.prompt + counts.output
         with self._lock:
-            restored, self._restored = self._restored, []
+            restored = self._restored
+            self._restored = []
             if self._asked > 1:                 # the other one may have taken its place
                 restored = []
-        if not body:
-            return
-        is_worth = parking.worth(identity, counts.prompt)
-        if not (is_worth or restored):
+        if not body:                            # wants() has told that there is no use in it
             return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if not turns or not is_worth:
+        if not turns or not self._is_worth(counts.prompt):
             return
         talk = Talk(
+            at=time.time(),
             target=target,
             body=body,
             turns=turns,
             begins=beginning(values, turns),
             prompt=counts.prompt,
-            tokens=tokens,
-            at=time.time(),
+            tokens=self.tokens,
         )
         with self._lock:
-            others = [t for t in self._talks if beginning(values, t.turns) != t.begins]
-            self._talks = [*others, talk][-MAX_TALKS:]
+            # What a conversation was before is the beginning of what it is now.
+            talks = [t for t in self._talks if beginning(values, t.turns) != t.begins]
+            talks.append(talk)
+            self._talks = talks[-MAX_TALKS:]
 
     def _prove(self, restored: Iterable[Parked], values: Mapping[str, Any],
                counts: Counts) -> None:
         """Park nothing more of a model that reads again what was restored for this request."""
         for parked in restored:
-            is_used = counts.cached >= parked.prompt // 10
+            least = parked.prompt // 10
+            is_used = counts.cached >= least
             # A slot that holds less is found through the host's cache alone, if that had room.
             is_found = parked.tokens > SLOT_SIMILARITY * counts.prompt
-            if is_used or not is_found or not parked.goes_on_in(values):
+            if is_used or not is_found:
+                continue
+            if not parked.goes_on_in(values):
                 continue
             why = (f"{counts.cached:,} of {parked.prompt:,} restored tokens were used by this build"
                    " of llama.cpp")
-            self._log.warning(f"{self._name}: nothing is parked any more: {why}")
+            self._warn(f"nothing is parked any more: {why}")
             try:
                 self._parking.turn_off(self.identity, self._name, why)
             except UserError as exc:
@@ -13930,25 +14900,26 @@ class Bay:
 
     def pace(self, tokens: int) -> Pace:
         """What is known of the model with a prompt of so many tokens, now that it is loaded."""
-        return model_pace(self._parking, self.identity, tokens)._replace(loaded=True)
+        cold = model_pace(self._parking, self.identity, tokens)
+        return cold._replace(loaded=True)
 
     def back_s(self) -> float:
         """Seconds until what the model holds now would be there again, after its next load."""
-        speeds = self._parking.speeds
-        per_s = speeds.reading(self.identity, self.tokens)
-        if self.parks and self._parking.worth(self.identity, self.tokens):
-            per_s = speeds.get(self.identity, "restored") or SAVED_PER_S
+        per_s = self._speeds.reading(self.identity, self.tokens)
+        if self.parks and self._is_worth(self.tokens):
+            per_s = self._speeds.get(self.identity, "restored") or SAVED_PER_S
         if not per_s:
             return 0.0
         return self.tokens / per_s
 
     def save_when_due(self) -> None:
         """Save in a thread what has been in use for so long; for idle models, every second."""
-        if not self.parks:
-            return
-        now, every_s = time.monotonic(), self._parking.every_s
         has_news = self._answered_at > self._saved_at
-        if has_news and 0 < every_s < now - self._saved_at:
+        if not self.parks or not has_news:
+            return
+        now = time.monotonic()
+        waited_s = now - self._saved_at
+        if 0 < self._parking.every_s < waited_s:
             self._saved_at = now
             in_background(f"park {self._name}", self.save, False)
 
@@ -13960,11 +14931,12 @@ class Bay:
         # One at a time: a save in use and the one at the end would write the same files.
         with self._saving:
             try:
-                if self.parks and not self._parking.off(self.identity):
+                is_off = self._parking.off(self.identity)
+                if self.parks and not is_off:
                     self._save_all(ending)
-                self._parking.speeds.keep()
+                self._speeds.keep()
             except (OSError, ValueError, UserError) as exc:
-                self._log.warning(f"{self._name}: not parked: {exc}")
+                self._warn(f"not parked: {exc}")
 
     def _save_all(self, ending: bool) -> None:
         began = time.monotonic()
@@ -13975,27 +14947,33 @@ class Bay:
         saved = self._parking.saved(self.identity)
         numbers = Numbers([slot.number for slot in slots], saved)
         elsewhere = self._save_held(slots, numbers, ending, end)
-        if ending and not any(slot.is_busy for slot in slots):
+        # To bring one out of the cache takes a slot, which nobody else may be using.
+        is_busy = any(slot.is_busy for slot in slots)
+        if ending and not is_busy:
             self._save_cached(elsewhere, numbers, end)
-        if numbers.used:
-            self._log.info(f"{self._name}: parked {len(numbers.used)} conversations"
-                           f" in {time.monotonic() - began:.2f} s")
+        count = len(numbers.used)
+        if count:
+            took_s = time.monotonic() - began
+            self._log.info(f"{self._name}: parked {count} conversations in {took_s:.2f} s")
 
     def _save_held(self, slots: Sequence[Slot], numbers: Numbers, ending: bool,
                    end: float) -> List[Talk]:
         """Save what the slots hold; the conversations that none of them holds."""
-        per_s = self._parking.speeds.get(self.identity, "saved") or SAVED_PER_S
-        unknown = NO_TALK._replace(at=time.time())
+        per_s = self._speeds.get(self.identity, "saved") or SAVED_PER_S
+        unknown = Talk(time.time())
         with self._lock:
             talks = self._talks[::-1]           # of two that are as long, the last is in the slot
         for slot in slots:
-            talk = next((talk for talk in talks if talk.is_in(slot.tokens)), unknown)
-            talks = [other for other in talks if other is not talk]
+            talk = unknown
+            held = [talk for talk in talks if talk.is_in(slot.tokens)]
+            if held:
+                talk = held[0]
+                talks.remove(talk)
             is_quick = slot.tokens / per_s < 1
             if slot.is_busy or not (ending or is_quick):
                 continue
-            if self._parking.worth(self.identity, slot.tokens):
-                self._save_slot(slot.number, slot.tokens, talk, numbers, end)
+            if self._is_worth(slot.tokens):
+                self._save_slot(slot, talk, numbers, end)
         return talks
 
     def _save_cached(self, talks: Sequence[Talk], numbers: Numbers, end: float) -> None:
@@ -14007,50 +14985,60 @@ class Bay:
             if not numbers.left():
                 break
             slot = self._pull(talk, end)
-            if slot < 0:
+            if slot is None:
                 break
-            self._save_slot(slot, talk.prompt, talk, numbers, end)
+            self._save_slot(slot, talk, numbers, end)
 
     def _slots(self) -> List[Slot]:
         """The slots of its server, the longest first. Errors: OSError, ValueError."""
-        rows = json.loads(self._upstream.get("/slots", 2.0)[1])
+        _, said = self._upstream.get("/slots", 2.0)
+        rows = json.loads(said)
         if not isinstance(rows, list):
             raise ValueError("llama-server tells nothing of its slots")
         found = []
-        for row in rows:
-            if isinstance(row, dict) and isinstance(row.get("id"), int):
+        for row in map(dict_of, rows):
+            number = row.get("id")
+            if isinstance(number, int):
                 tokens = _quantity(row.get("n_prompt_tokens"))
-                found.append(Slot(row["id"], tokens, row.get("is_processing") is True))
+                found.append(Slot(
+                    number=number,
+                    tokens=tokens,
+                    is_busy=row.get("is_processing") is True,
+                ))
         return sorted(found, key=lambda slot: -slot.tokens)
 
     def _ask_slot(self, slot: int, action: str, name: str,
                   timeout_s: float) -> Tuple[int, Dict[str, Any]]:
         """(status, answer) of a save or a restore. Errors: OSError, ValueError."""
-        path = f"/slots/{slot}?action={action}"
         body = json.dumps({"filename": name}).encode()
+        path = f"/slots/{slot}?action={action}"
         response, said = self._upstream.get(path, timeout_s, "POST", body=body)
         return response.status, parse_json_object(said)
 
-    def _save_slot(self, slot: int, tokens: int, talk: Talk, numbers: Numbers,
-                   end: float) -> None:
+    def _save_slot(self, slot: Slot, talk: Talk, numbers: Numbers, end: float) -> None:
         """Save a slot under a number that is left.
 
         It may take as long as reading it again would, no longer.
         """
-        parking, identity = self._parking, self.identity
-        number = numbers.choose(slot, talk)
+        parking = self._parking
+        identity = self.identity
+        number = numbers.choose(slot.number, talk)
         name = f"{identity}-{number}.tmp"
         temporary = parking.path(name)
         began = time.monotonic()
-        again_s = tokens / (parking.speeds.reading(identity, tokens) or 1.0)
-        timeout_s = max(min(again_s, end - began), 0.1)
+        tokens = slot.tokens
+        per_s = self._speeds.reading(identity, tokens) or 1.0
+        timeout_s = min(tokens / per_s, end - began)
+        timeout_s = max(timeout_s, 0.1)
+        bytes_each = self._speeds.get(identity, "bytes")
         try:
-            if not parking.make_room(tokens * parking.speeds.get(identity, "bytes")):
+            if not parking.make_room(tokens * bytes_each):
                 return
-            saved = self._write_slot(slot, name, timeout_s)
+            saved = self._write_slot(slot.number, name, timeout_s)
             took_s = time.monotonic() - began
-            parking.speeds.note(identity, self._name, "bytes", file_size(temporary) / saved)
-            parking.speeds.note(identity, self._name, "saved", saved / took_s)
+            size = file_size(temporary)
+            self._learn("bytes", size / saved)
+            self._learn("saved", saved / took_s)
             self._drop_older(number, talk)
             parked = Parked(
                 slot=number,
@@ -14064,7 +15052,7 @@ class Bay:
             parking.keep(identity, parked, temporary, talk.at)
             numbers.used.append(number)
         except (OSError, ValueError, UserError) as exc:
-            self._log.warning(f"{self._name}: a conversation is not parked: {exc}")
+            self._warn(f"a conversation is not parked: {exc}")
         finally:
             _remove(temporary)
 
@@ -14074,10 +15062,11 @@ class Bay:
         Errors: OSError, ValueError where it does not come out whole.
         """
         status, said = self._ask_slot(slot, "save", name, timeout_s)
-        size = file_size(self._parking.path(name))
         saved = _quantity(said.get("n_saved"))
-        is_whole = status == 200 and size == said.get("n_written")
-        if not is_whole or not saved:
+        size = file_size(self._parking.path(name))
+        # On a full disk llama-server may say 200 and have written less.
+        is_whole = size == said.get("n_written")
+        if status != 200 or not is_whole or not saved:
             raise ValueError(f"llama-server says {status}, {size:,} bytes are written")
         return saved
 
@@ -14085,30 +15074,34 @@ class Bay:
         """An older state of the same conversation, in another slot's file, would take its room."""
         values = parse_json_object(talk.body)
         for parked in self._parking.saved(self.identity):
-            if parked.goes_on_in(values) and parked.slot != number:
+            if parked.slot == number:
+                continue
+            if parked.goes_on_in(values):
                 self._parking.drop(self.identity, parked.slot)
 
-    def _pull(self, talk: Talk, end: float) -> int:
-        """Bring a conversation from the host's cache into a slot; -1 where it is not there."""
-        # Its last request, asked again for one token and with no stream to read.
+    def _pull(self, talk: Talk, end: float) -> Optional[Slot]:
+        """Bring a conversation from the host's cache into a slot; None where it is not there."""
         values = parse_json_object(talk.body)
-        for name in ("max_completion_tokens", "n_predict", "stream_options"):
+        for name in _NOT_AGAIN:
             values.pop(name, None)
         limit = "max_tokens"
         if "/responses" in talk.target:
             limit = "max_output_tokens"
-        values.update({limit: 1, "stream": False})
+        values[limit] = 1
+        values["stream"] = False
         body = json.dumps(values).encode()
-        timeout_s = min(PULL_S, max(end - time.monotonic(), 0.1))
+        left_s = end - time.monotonic()
+        left_s = max(left_s, 0.1)
+        timeout_s = min(PULL_S, left_s)
         try:
             self._upstream.get(talk.target, timeout_s, "POST", JSON_LINE, body=body)
         except (OSError, ValueError):           # it was not there, and is being read
-            return -1
+            return None
         asked = talk._replace(tokens=talk.prompt + 1)
         for slot in self._slots():
             if not slot.is_busy and asked.is_in(slot.tokens):
-                return slot.number
-        return -1
+                return slot._replace(tokens=talk.prompt)
+        return None
 
 
 # ==================================================================================================
@@ -14128,16 +15121,17 @@ class Bay:
 # listener's loop unloads once a second what was idle for its ttl; MemoryWatch has a thread, and
 # unloads what is idle while memory is short.
 #
-# One lock, Engine._changed, guards the models and the queue, and who waits for either waits on it.
-# No server is asked and no process waited for under it. While a model is "starting" or "stopping"
-# its process belongs to that thread: others may only set `cancelled`.
+# One lock, Engine._lock, guards the models and the queue; who waits for either waits on _changed,
+# its condition. No server is asked and no process waited for under it. While a model is "starting"
+# or "stopping" its process belongs to that thread: others may only set `cancelled`.
 
 
 class Model:
     """One tier's llama-server. All fields belong to the engine's lock."""
 
     def __init__(self, tier: Tier, gb: float, proxy: Optional[ProxyPlan] = None) -> None:
-        self.tier, self.gb = tier, gb
+        self.tier = tier
+        self.gb = gb
         self.needs: Needs = (gb,)               # of each memory
         self.memory: Optional[Memory] = None    # what that is made of, where its header is known
         self.cost = tier_cost(tier, 0.0)        # of a load, until one has been seen
@@ -14155,7 +15149,8 @@ class Model:
         self.listening = False                  # while it loads: its server answers already
         self.failure = ""
         self.failed_at = -1e9
-        self.loads = self.evictions = 0
+        self.loads = 0
+        self.evictions = 0
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
@@ -14169,18 +15164,22 @@ class Model:
         return self.state == "ready" and not self.in_flight
 
     def turn_to(self, state: str) -> None:
-        self.state, self.since = state, time.monotonic()
+        self.state = state
+        self.since = time.monotonic()
 
 
 def _model_of(tier: Tier, fit: Optional[TierFit]) -> Model:
     """The model of a local tier: it takes what was measured, else what its file's size says."""
     if fit is None:
         weights = weights_for(tier)
-        return Model(tier, footprint_gb(weights.size_gb or file_size(weights.path) / 1e9))
+        size_gb = weights.size_gb or file_size(weights.path) / 1e9
+        return Model(tier, footprint_gb(size_gb))
     model = Model(tier, fit.need_gb)
-    model.needs, model.memory = fit.needs, fit.memory
-    if fit.memory is not None:
-        model.cost = tier_cost(tier, fit.memory.weights / 1e9)
+    model.needs = fit.needs
+    memory = fit.memory
+    if memory is not None:
+        model.memory = memory
+        model.cost = tier_cost(tier, memory.weights / 1e9)
     return model
 
 
@@ -14204,11 +15203,13 @@ def read_share(pid: int, command: Sequence[str], paths: Sequence[str]) -> float:
     which 3 MB are the program's own.
     """
     is_copied = "--no-mmap" in command or "--load-mode none" in " ".join(command)
+    if not is_copied:
+        return 0.0
     read_bytes = io_bytes(pid, "rchar")
     size_bytes = sum(map(file_size, paths))
-    if not is_copied or not OWN_READ_BYTES < read_bytes < size_bytes:
-        return 0.0
-    return read_bytes / size_bytes
+    if OWN_READ_BYTES < read_bytes < size_bytes:
+        return read_bytes / size_bytes
+    return 0.0
 
 
 class _Cancelled(Exception):  # noqa: N818
@@ -14279,22 +15280,22 @@ class Engine:
                  log_path: Callable[[str], str], plan: EnginePlan) -> None:
         self.config = config
         self._command = command
-        self._log, self._log_path = log, log_path
-        self._env = dict(plan.env)
-        self._local_env = without_credentials(plan.env)
-        self._first_port = plan.first_port
+        self._log = log
+        self._log_path = log_path
+        self._plan = plan
         self._parking = plan.parking
-        self._budget_gb = plan.budget_gb
+        # Servers of models on this machine ask no provider.
+        self._local_env = without_credentials(plan.env)
         self._budgets_gb = plan.budgets_gb or (plan.budget_gb,)
         fits = {fit.name: fit for fit in plan.fits}
-        needs = {name: fit.needs for name, fit in fits.items()}
+        needs = {fit.name: fit.needs for fit in plan.fits}
         self._sets = residency_sets(config, needs or None, self._budgets_gb)
-        self.models: Dict[str, Model] = {}
-        for tier in local_tiers(config):
-            self.models[tier.name] = _model_of(tier, fits.get(tier.name))
-        self._proxy: Optional[Model] = None
+        models = [_model_of(tier, fits.get(tier.name)) for tier in local_tiers(config)]
         if plan.proxy:
-            self._proxy = self.models[PROXY] = Model(plan.proxy.tier, 0.0, plan.proxy)
+            models.append(Model(plan.proxy.tier, 0.0, plan.proxy))
+        self.models = {model.name: model for model in models}
+        # Aliases, too: all that clients ask for.
+        self._by_name = {name: model for model in models for name in model.tier.names}
         self._lock = threading.RLock()          # of all models and of what follows
         self._changed = threading.Condition(self._lock)
         self._tickets: List[Ticket] = []        # who waits, the longest first
@@ -14303,14 +15304,7 @@ class Engine:
         self.pressure = ""                      # why no more memory is taken than now, or ""
 
     def find(self, name: str) -> Optional[Model]:
-        if name in self.models:
-            return self.models[name]
-        if self._proxy and name in self._proxy.tier.aliases:
-            return self._proxy
-        tier = self.config.by_name(name)
-        if tier is None:
-            return None
-        return self.models.get(tier.name)
+        return self._by_name.get(name)
 
     # ---- for requests
 
@@ -14363,12 +15357,12 @@ class Engine:
             self._begin_load(model, victims)
 
     def wait(self, seconds: float) -> None:
-        with self._changed:
+        with self._lock:
             self._changed.wait(seconds)
 
     def stage(self, ticket: Ticket) -> str:
         """What a ticket waits for, in words."""
-        with self._changed:
+        with self._lock:
             model, name = ticket.model, ticket.model.name
             if model.state == "starting":
                 return self._loading_stage(model)
@@ -14381,25 +15375,32 @@ class Engine:
 
     def _loading_stage(self, model: Model) -> str:
         """How far the load of a model is. Whoever holds the lock asks."""
+        name = model.name
         leaving = [m.name for m in self.models.values() if m.state == "stopping"]
+        # Whoever has to go is gone before the server is started.
         if leaving and model.process is None:
-            return f"unloading {', '.join(leaving)} to load {model.name}"
-        doing = "downloading" if self._is_downloading(model) else "loading"
-        return f"{doing} {model.name}{percent_words(self._loaded(model))}"
+            names = ", ".join(leaving)
+            return f"unloading {names} to load {name}"
+        doing = "loading"
+        if self._is_downloading(model):
+            doing = "downloading"
+        share = self._loaded(model)
+        return f"{doing} {name}{percent_words(share)}"
 
     def _is_downloading(self, model: Model) -> bool:
         """Whether a starting model's server fetches it first; it does not listen before."""
-        return not (model.listening or self._is_here(model))
+        return not model.listening and not self._is_here(model)
 
     def _loaded(self, model: Model) -> float:
         """The share of a model's load, or download, that is done; 0.0 where that is not known."""
-        if model.proxy or model.process is None:
+        process = model.process
+        if model.proxy or process is None:
             return 0.0
         weights = weights_for(model.tier)
         if self._is_downloading(model):
             return downloaded_share(weights, self._local_env)
-        parts = local_parts(weights, self._local_env)
-        return read_share(model.process.pid, model.command, parts)
+        paths = local_parts(weights, self._local_env)
+        return read_share(process.pid, model.command, paths)
 
     def prompt_read(self, model: Model) -> float:
         """The share of its prompt that a model's only request has read; its log tells, alone."""
@@ -14410,9 +15411,11 @@ class Engine:
 
     def _is_here(self, model: Model) -> bool:
         """False for a model that its server must download first."""
-        if model.proxy:
-            return True
-        return bool(cached_model(weights_for(model.tier), self._local_env))
+        return bool(model.proxy or self._cached(model))
+
+    def _cached(self, model: Model) -> str:
+        """The first file of a model, "" where not all of it is on this disk."""
+        return cached_model(weights_for(model.tier), self._local_env)
 
     def _queue(self, ticket: Ticket) -> None:
         if ticket not in self._tickets:
@@ -14425,13 +15428,13 @@ class Engine:
 
     def enqueue(self, model: Model) -> Ticket:
         """A ticket that queues before its model has been looked at."""
-        with self._changed:
+        with self._lock:
             ticket = Ticket(self, model)
             self._queue(ticket)
             return ticket
 
     def dequeue(self, ticket: Ticket) -> None:
-        with self._changed:
+        with self._lock:
             self._unqueue(ticket)
 
     def leave(self, model: Model) -> None:
@@ -14444,60 +15447,83 @@ class Engine:
     def _must_yield(self, ticket: Ticket) -> bool:
         """A newcomer to a model that someone has long waited to see idle queues behind them."""
         name = ticket.model.name
-        fair_since = min(time.monotonic() - FAIR_WAIT_S, ticket.since)
-        waiting = [other for other in self._tickets if name in other.blocked_by]
-        return any(other.since < fair_since for other in waiting)
+        fair_since = time.monotonic() - FAIR_WAIT_S
+        # A ticket that is older than theirs was here first.
+        fair_since = min(fair_since, ticket.since)
+        since = [other.since for other in self._tickets if name in other.blocked_by]
+        return min(since, default=fair_since) < fair_since
 
     def _room_for(self, ticket: Ticket) -> Optional[List[Model]]:
         """The models to stop before the ticket's can load; None while one of them may not be.
 
         Errors: LoadError.
         """
-        model = ticket.model
-        if model.proxy:
+        if ticket.model.proxy:
             return []
-        others = [m for m in self.models.values() if m is not model and not m.proxy]
-        leaving = {m.name for m in others if m.state == "stopping"}     # they make room as it is
-        running = [m for m in others if m.state in ("starting", "ready")]
+        leaving: Set[str] = set()
+        running: List[Model] = []
+        for model in self.models.values():
+            # LiteLLM's proxy takes no memory that counts.
+            if model.proxy or model.state == "stopped":
+                continue
+            if model.state == "stopping":
+                leaving.add(model.name)
+            else:
+                running.append(model)
         busy = self._busy_names(ticket, running)
-        victims = self._victims(model, running, busy)
-        ticket.blocked_by = leaving.union(busy.intersection(victims))
+        victims = self._victims(ticket.model, running, busy)
+        # What is leaving makes room as it is: whether that is enough is known once it is gone.
+        ticket.blocked_by = leaving | busy.intersection(victims)
         if ticket.blocked_by:
             return None
         return [self.models[name] for name in victims]
 
     def _busy_names(self, ticket: Ticket, running: Sequence[Model]) -> Set[str]:
         """What may not be stopped for a ticket now."""
+        busy = {m.name for m in running if not m.is_idle}
         # Who has waited longer for a model that runs is to find it loaded.
-        ahead = self._tickets[:self._tickets.index(ticket)]
-        wanted = {other.model.name for other in ahead}
-        return {m.name for m in running if not m.is_idle or m.name in wanted}
+        for other in self._tickets:
+            if other is ticket:
+                break
+            busy.add(other.model.name)
+        return busy
 
     def _victims(self, model: Model, running: Sequence[Model], busy: Set[str]) -> List[str]:
         """What has to go before a model can load, busy or not. Errors: LoadError."""
         limits_gb = self._limits_gb(model, running)
         costs = {m.name: self._keeping_cost(m) for m in running}
+
+        def reluctance(other: Model) -> Tuple[bool, float, float]:
+            return other.name in busy, costs[other.name], other.last_used
+
         # Idle ones first, of these the cheapest to bring back.
-        order = sorted(running, key=lambda m: (m.name in busy, costs[m.name], m.last_used))
-        names = [m.name for m in order]
+        order = sorted(running, key=reluctance)
+        needs = {m.name: m.needs for m in order}
+        names = list(needs)
         victims = choose_evictions(model.name, names, self._sets, costs)
-        staying = [m for m in order if m.name not in victims]
-        while not fits_together([model.needs, *(m.needs for m in staying)], limits_gb):
-            victims.append(staying.pop(0).name)
+        for name in victims:
+            del needs[name]
+        while not fits_together([model.needs, *needs.values()], limits_gb):
+            name = next(iter(needs))
+            del needs[name]
+            victims.append(name)
         return victims
 
     def _limits_gb(self, model: Model, running: Sequence[Model]) -> Needs:
         """What may be taken of each memory. Errors: LoadError where a model alone needs more."""
+        budgets_gb = self._budgets_gb
+        alone = [model.needs]
         words = f"{model.name} needs about {gb_words(model.needs)}"
-        if not fits_together([model.needs], self._budgets_gb):
-            raise LoadError(f"{words} and the budget is {gb_words(self._budgets_gb)} (memory_gb in"
-                            " models.ini)")
+        if not fits_together(alone, budgets_gb):
+            budget = gb_words(budgets_gb)
+            raise LoadError(f"{words} and the budget is {budget} (memory_gb in models.ini)")
         if not self.pressure:
-            return self._budgets_gb
+            return budgets_gb
         # While memory is short, no more than is held now.
-        nothing = (0.0,) * len(self._budgets_gb)
-        held_gb = needs_together([nothing, *(m.needs for m in running)])
-        if not fits_together([model.needs], held_gb):
+        nothing = (0.0,) * len(budgets_gb)
+        held = [m.needs for m in running]
+        held_gb = needs_together([nothing, *held])
+        if not fits_together(alone, held_gb):
             raise LoadError(f"{words}, and {self.pressure}")
         return held_gb
 
@@ -14505,7 +15531,8 @@ class Engine:
 
     def _begin_load(self, model: Model, victims: List[Model]) -> None:
         model.turn_to("starting")
-        model.cancelled = model.listening = False
+        model.cancelled = False
+        model.listening = False
         for victim in victims:
             victim.turn_to("stopping")
         in_background(f"load {model.name}", self._load, model, victims)
@@ -14522,14 +15549,15 @@ class Engine:
             self._log.info(f"{model.name}: unloaded while it was loading")
             self._stop(model)
         except LoadError as exc:
-            self._log.error(str(exc))
-            self._give_up(model, str(exc))
+            why = str(exc)
+            self._log.error(why)
+            self._give_up(model, why)
         except Exception:
             import traceback
             self._log.error(traceback.format_exc())
             self._give_up(model, f"{model.name} could not be started; see the log")
         finally:
-            with self._changed:
+            with self._lock:
                 self._changed.notify_all()
 
     def _bring_up(self, model: Model) -> None:
@@ -14539,53 +15567,59 @@ class Engine:
         load_s = time.monotonic() - began
         while not self._restore(model):
             self._start(model)
-        self._note_load(model, load_s)
+        if self._parking is not None and model.bay is not None:
+            speeds = self._parking.speeds
+            path = self._cached(model)
+            pid = model.process.pid
+            speeds.note_load(model.identity, model.name, load_s, pid, path)
         self._learn_context(model)
-        with self._changed:
+        with self._lock:
             # It may have become unwanted in the moment it became healthy.
             self._check_wanted(model)
-            took_s = time.monotonic() - model.since
+            asked = model.since
             model.turn_to("ready")
             model.loads += 1
-            model.last_used = time.monotonic()
+            model.last_used = model.since
+            took_s = model.since - asked
             self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
-
-    def _note_load(self, model: Model, load_s: float) -> None:
-        """Learn how long a load took."""
-        if self._parking is None or model.bay is None:
-            return
-        weights = cached_model(weights_for(model.tier), self._local_env)
-        model.identity = model.bay.identity
-        self._parking.speeds.note_load(model.identity, model.name, load_s, model.process.pid,
-                                       weights)
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
+        parking = self._parking
         model = self.models.get(name)
-        if model is None or self._parking is None:
+        if model is None or parking is None:
             return Pace()
         bay = model.bay
+        # A bay that is being emptied tells nothing any more.
         if bay is not None and model.state == "ready":
             return bay.pace(tokens)
-        identity = model.identity or self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        # Of a model that this engine has not loaded yet, an earlier one may have learnt.
+        identity = model.identity
+        if not identity:
+            identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def _keeping_cost(self, model: Model) -> float:
         """Seconds to bring a model back with what it holds, less for one that was idle for long.
 
         After a minute without a request that counts half, after nine minutes a tenth.
         """
-        back_s = float(model.cost)
+        back_s = 0.0
         if self._parking is not None and model.identity:
-            back_s = self._parking.speeds.load_s(model.identity) or back_s
+            speeds = self._parking.speeds
+            back_s = speeds.load_s(model.identity)
+        # Before a load has been seen, a guess by its size.
+        if not back_s:
+            back_s = model.cost
         if model.bay is not None:
             back_s += model.bay.back_s()
-        idle_s = time.monotonic() - model.last_used
-        return back_s / (1 + idle_s / 60)
+        idle_minutes = (time.monotonic() - model.last_used) / 60
+        return back_s / (1 + idle_minutes)
 
     def _give_up(self, model: Model, why: str) -> None:
-        with self._changed:
-            model.failure, model.failed_at = why, time.monotonic()
+        with self._lock:
+            model.failure = why
+            model.failed_at = time.monotonic()
         self._stop(model)
 
     def _start(self, model: Model) -> None:
@@ -14593,35 +15627,44 @@ class Engine:
 
         Its port was free when it was chosen; where somebody else was quicker, another is tried.
         """
-        log = self._log_path(model.name)
+        name = model.name
+        log = self._log_path(name)
+        # Only now, while nobody writes to it.
         if file_size(log) > LOG_BYTES:
             shift_logs(log)
         path = weights_for(model.tier).path
         if path and not os.path.exists(path):
-            raise LoadError(f"{model.name}: there is no {path}")
+            raise LoadError(f"{name}: there is no {path}")
         for tries_left in (2, 1, 0):
-            before = file_size(log)
-            self._spawn_server(model, log)
-            code = self._wait_healthy(model, log, bool(path))
-            others = self._others_listening(model)
-            if code is None and not (others and tries_left):
-                return
+            # LiteLLM's proxy has a port of its own.
+            may_move = tries_left > 0 and not model.proxy
+            log_bytes = file_size(log)
+            port = self._spawn_server(model, log)
+            code = self._wait_healthy(model, log)
             if code is None:
+                # llama-server sets SO_REUSEPORT: two that choose a port in the same moment both
+                # have it, and each gets some of the other's requests.
+                strangers = self._listening_groups(model) - {model.process.pid}
+                if not strangers or not may_move:
+                    return
                 self._end_server(model)
-            elif model.proxy or not tries_left or port_is_free("127.0.0.1", model.port):
-                raise LoadError(self._exit_words(model, code, log, before))
-            self._log.warning(f"{model.name}: port {model.port} was taken by"
-                              f" {port_holder(model.port)} meanwhile")
+            elif not may_move or port_is_free("127.0.0.1", port):
+                words = self._exit_words(model, code, log, log_bytes)
+                raise LoadError(words)
+            holder = port_holder(port)
+            self._log.warning(f"{name}: port {port} was taken by {holder} meanwhile")
 
     def _exit_words(self, model: Model, code: int, log: str, log_bytes: int) -> str:
         """What to say of a server that has ended while it was loading."""
+        name = model.name
         if not self._is_here(model):
-            size = size_words(weights_for(model.tier).size_gb * 1e9) or "size unknown"
-            return f"{model.name} is not downloaded ({size}): llmstack download {model.name}"
+            size_bytes = weights_for(model.tier).size_gb * 1e9
+            size = size_words(size_bytes) or "size unknown"
+            return f"{name} is not downloaded ({size}): llmstack download {name}"
         tail = "it printed nothing"
         if file_size(log) > log_bytes:
             tail = tail_of(log)
-        return f"{model.name}: its server exited with {code} while loading:\n{tail}"
+        return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
     def _end_server(model: Model) -> bool:
@@ -14630,14 +15673,15 @@ class Engine:
         return stop_process(process.pid, model.started, STOP_GRACE_S, process.poll)
 
     @staticmethod
-    def _others_listening(model: Model) -> List[int]:
-        """Processes that share a server's port, and would get some of its requests.
+    def _listening_groups(model: Model) -> Set[int]:
+        """The process groups that listen on a server's port; a server of ours leads its own.
 
-        llama-server sets SO_REUSEPORT: two that choose a port in the same moment both have it.
+        None where that cannot be told: Windows has no groups, and not every system tells who
+        listens.
         """
-        if model.proxy or IS_WINDOWS or model.process.poll() is not None:
-            return []
-        return [pid for pid in listeners(model.port) if _group_of(pid) != model.process.pid]
+        if IS_WINDOWS:
+            return set()
+        return set(map(_group_of, listeners(model.port)))
 
     def _server_start(self, model: Model, upstream: Upstream) -> Tuple[List[str], Dict[str, str]]:
         """The command line and the environment of a model's server. Errors: UserError."""
@@ -14646,56 +15690,73 @@ class Engine:
             # A key that nobody but us knows keeps web pages out.
             upstream.key = os.urandom(16).hex()
             env = {**self._local_env, "LLAMA_API_KEY": upstream.key}
-            return self._command(model.tier, port), env
+            command = self._command(model.tier, port)
+            return command, env
         if not port_is_free("127.0.0.1", port):
-            raise UserError(f"port {port} is taken by {port_holder(port)}",
+            holder = port_holder(port)
+            raise UserError(f"port {port} is taken by {holder}",
                             "choose another litellm_port in models.ini")
-        return list(model.proxy.command), litellm_env(self._env)
+        # It asks providers, so it gets the credentials that others do not.
+        env = litellm_env(self._plan.env)
+        return list(model.proxy.command), env
 
-    def _spawn_server(self, model: Model, log: str) -> None:
-        with self._changed:
-            port = model.proxy.port if model.proxy else self._free_port(model)
+    def _spawn_server(self, model: Model, log: str) -> int:
+        """Start a model's server; its port. Errors: LoadError, _Cancelled."""
+        with self._lock:
+            port = self._choose_port(model)
             upstream = Upstream("127.0.0.1", port)
-            model.port, model.upstream = port, upstream
+            model.port = port
+            model.upstream = upstream
         try:
             # This may ask the binary about its flags, so not under the lock.
             model.command, env = self._server_start(model, upstream)
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
-                model.process = spawn(model.command, log, env)
-                model.started = process_started(model.process.pid)
+                process = spawn(model.command, log, env)
+                model.process = process
+                model.started = process_started(process.pid)
         except UserError as exc:
             raise LoadError(f"{model.name}: {exc}; {exc.hint}") from None
         self._log.info(f"{model.name}: starting on port {port}")
+        return port
 
-    def _free_port(self, model: Model) -> int:
+    def _choose_port(self, model: Model) -> int:
+        """The proxy's own port, else a free one; another load may be about to listen on its own."""
+        if model.proxy:
+            return model.proxy.port
         taken = {other.port for other in self.models.values() if other is not model}
-        for port in range(self._first_port, 65_536):
+        first = self._plan.first_port
+        for port in range(first, 65_536):
             if port not in taken and port_is_free("127.0.0.1", port):
                 return port
-        raise LoadError(f"{model.name}: there is no free port above {self._first_port}")
+        raise LoadError(f"{model.name}: there is no free port above {first}")
 
-    def _wait_healthy(self, model: Model, log: str, on_disk: bool) -> Optional[int]:
+    def _wait_healthy(self, model: Model, log: str) -> Optional[int]:
         """None once a model's server is healthy, its exit code where it ends before.
 
         Errors: LoadError, _Cancelled.
         """
+        # It does not listen before it has downloaded its model, which takes as long as it does.
+        may_download = not model.proxy and not weights_for(model.tier).path
         end = time.monotonic() + LOAD_TIMEOUT_S
         while not self._healthy(model):
-            with self._changed:
+            with self._lock:
                 self._check_wanted(model)
-            if model.process.poll() is not None:
-                return int(model.process.returncode)
-            if time.monotonic() > end:
+            code: Optional[int] = model.process.poll()
+            if code is not None:
+                return code
+            now = time.monotonic()
+            if now > end:
                 raise LoadError(f"{model.name}: not loaded within {LOAD_TIMEOUT_S} s; see {log}")
             if not model.listening:
                 model.listening = not port_is_free("127.0.0.1", model.port)
-            if not (on_disk or model.proxy or model.listening):
-                # It does not listen before it has downloaded its model.
-                end = time.monotonic() + LOAD_TIMEOUT_S
+            if may_download and not model.listening:
+                end = now + LOAD_TIMEOUT_S
             # A small model is there in a second or two, a large one in minutes.
-            is_young = time.monotonic() - model.since < 5
-            time.sleep(0.05 if is_young else 0.25)
+            pause_s = 0.25
+            if now - model.since < 5:
+                pause_s = 0.05
+            time.sleep(pause_s)
         return None
 
     def _restore(self, model: Model) -> bool:
@@ -14706,16 +15767,18 @@ class Engine:
         if self._parking is None or model.proxy:
             return True
         assert model.upstream is not None
-        weights = cached_model(weights_for(model.tier), self._local_env)
+        path = self._cached(model)
         try:
-            identity = parking_identity(model.command, weights, self._local_env)
+            identity = parking_identity(model.command, path, self._local_env)
         except OSError as exc:
             self._log.warning(f"{model.name}: nothing is parked, its file is not found: {exc}")
             return True
+        model.identity = identity
         bay = Bay(self._parking, model.tier, identity, model.upstream, self._log)
-        bay.parks = bay.parks and "--slot-save-path" in model.command
-        restored = not bay.parks or bay.restore()
-        if not restored and not self._healthy(model):
+        # A build without the flag neither saves nor restores.
+        if "--slot-save-path" not in model.command:
+            bay.parks = False
+        if bay.parks and not bay.restore() and not self._healthy(model):
             self._end_server(model)
             return False
         model.bay = bay
@@ -14727,10 +15790,12 @@ class Engine:
             return
         told = asked_json(model.upstream, "/props")
         settings = dict_of(told.get("default_generation_settings"))
-        model.context, wanted = _quantity(settings.get("n_ctx")), model.tier.ctx_size
-        if 0 < model.context < wanted:
-            self._log.warning(f"{model.name}: its server holds {model.context:,} tokens a"
-                              f" conversation, ctx_size says {wanted:,}")
+        tokens = _quantity(settings.get("n_ctx"))
+        wanted = model.tier.ctx_size
+        if 0 < tokens < wanted:
+            self._log.warning(f"{model.name}: its server holds {tokens:,} tokens a conversation,"
+                              f" ctx_size says {wanted:,}")
+        model.context = tokens
 
     def contexts(self) -> Dict[str, int]:
         """Tier -> tokens a conversation, of those whose server has said so."""
@@ -14740,26 +15805,24 @@ class Engine:
         if self._closing or model.cancelled:
             raise _Cancelled
 
-    @staticmethod
-    def _healthy(model: Model) -> bool:
+    def _healthy(self, model: Model) -> bool:
         """200 on its health's path, from our process.
 
         One that still downloads does not listen, and a stranger may.
         """
-        process, upstream = model.process, model.upstream
-        assert upstream is not None
-        path = model.proxy.health if model.proxy else "/health"
+        process = model.process
+        assert model.upstream is not None
+        path = "/health"
+        if model.proxy:
+            path = model.proxy.health
         try:
-            response, _ = upstream.get(path, 2.0)
+            response, _ = model.upstream.get(path, 2.0)
         except (OSError, ValueError):
             return False
         if response.status != 200 or process.poll() is not None:
             return False
-        pids = listeners(upstream.port)
-        # Windows has no groups, and not every system tells who listens.
-        if IS_WINDOWS or not pids:
-            return True
-        return any(_group_of(pid) == process.pid for pid in pids)
+        groups = self._listening_groups(model)
+        return not groups or process.pid in groups
 
     def _stop(self, model: Model) -> None:
         """Stop a model's server; its state is "stopped" afterwards.
@@ -14775,21 +15838,25 @@ class Engine:
                 if self._closing:
                     break
             process.poll()
-        with self._changed:
+        with self._lock:
             self._forget(model)
 
     def _forget(self, model: Model) -> None:
         if model.upstream:
             model.upstream.forget()
-        model.process, model.port, model.upstream, model.bay = None, 0, None, None
-        model.cancelled = model.listening = False
+        model.process = None
+        model.upstream = None
+        model.bay = None
+        model.port = 0
+        model.cancelled = False
+        model.listening = False
         model.turn_to("stopped")
         self._changed.notify_all()
 
     def unload(self, models: Iterable[Model]) -> None:
         """Stop models because the user says so, busy or loading; returns when they are gone."""
         chosen = list(models)
-        with self._changed:
+        with self._lock:
             for model in chosen:
                 if model.state == "ready":
                     self._begin_stop(model)
@@ -14805,12 +15872,14 @@ class Engine:
     def unload_idle(self) -> None:
         """Unload what has been idle for its ttl, and notice servers that have died."""
         now = time.monotonic()
-        with self._changed:
-            idle = [model for model in self.models.values() if model.is_idle]
-            for model in idle:
-                idle_s, ttl_s = now - model.last_used, model.tier.ttl
-                if model.process.poll() is not None:
-                    code = model.process.returncode
+        with self._lock:
+            for model in self.models.values():
+                if not model.is_idle:
+                    continue
+                code = model.process.poll()
+                ttl_s = model.tier.ttl
+                idle_s = now - model.last_used
+                if code is not None:
                     self._log.warning(f"{model.name}: its server has died (exit {code})")
                     self._forget(model)
                 elif ttl_s and idle_s > ttl_s:
@@ -14821,17 +15890,19 @@ class Engine:
 
     def ease(self, pressure: str) -> None:
         """Take note of why memory is short; then the model that was idle longest goes."""
-        with self._changed:
-            was_short, self.pressure = bool(self.pressure), pressure
-            if bool(pressure) != was_short:
+        with self._lock:
+            # Said once for as long as it lasts; its words change with each figure in them.
+            if bool(pressure) != bool(self.pressure):
                 self._log.warning(f"memory: {pressure or 'no longer short'}")
-            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
-            if not pressure or not idle:
+            self.pressure = pressure
+            if not pressure:
                 return
+            idle = [m for m in self.models.values() if m.is_idle and not m.proxy]
+            model = min(idle, key=lambda m: m.last_used, default=None)
             # One goes a look: the next look sees what that has freed.
-            model = min(idle, key=lambda m: m.last_used)
-            self._log.warning(f"{model.name}: idle, unloading for {pressure}")
-            self._begin_stop(model)
+            if model is not None:
+                self._log.warning(f"{model.name}: idle, unloading for {pressure}")
+                self._begin_stop(model)
 
     def tend_files(self) -> None:
         """Rotate the servers' logs, and write down how fast they were."""
@@ -14862,29 +15933,32 @@ class Engine:
 
     def close(self) -> None:
         """Stop everything, for good."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify_all()
         self.unload(self.models.values())
 
     def upstreams(self) -> List[Upstream]:
         """Of the models that are loaded or loading."""
-        with self._changed:
+        with self._lock:
             return [m.upstream for m in self.models.values() if m.upstream is not None]
 
     def running(self) -> List[Dict[str, Any]]:
         """The rows of /running."""
         rows = []
-        with self._changed:
+        with self._lock:
             now = time.monotonic()
             for model in self.models.values():
                 if model.state == "stopped":
                     continue
+                url = ""
+                if model.upstream:
+                    url = model.upstream.url
                 rows.append({
                     "model": model.name,
                     "state": model.state,
                     "cmd": " ".join(model.command),
-                    "proxy": model.upstream.url if model.upstream else "",
+                    "proxy": url,
                     "ttl": model.tier.ttl,
                     "name": model.name,
                     "description": model.tier.description,
@@ -14895,36 +15969,46 @@ class Engine:
 
     def watched(self) -> Dict[str, Any]:
         """The models and the budget, as Behind.watched() tells them."""
-        with self._changed:
-            rows = {name: self._watched_row(model) for name, model in self.models.items()}
-            stopped = [m for m in self.models.values() if m.state == "stopped"]
+        rows = {}
+        stopped = []
+        with self._lock:
+            for model in self.models.values():
+                rows[model.name] = self._watched_row(model)
+                if model.state == "stopped":
+                    stopped.append(model)
         # This looks at the disk, so not under the lock.
         for model in stopped:
             if not self._is_here(model):
-                rows[model.name].update(state="not here", reason=fetching_words(model.tier))
+                row = rows[model.name]
+                row["state"] = "not here"
+                row["reason"] = fetching_words(model.tier)
         parked: List[Dict[str, Any]] = []
         if self._parking is not None:
             parked = self._parking.rows()
         return {
             "models": rows,
-            "budget": round(self._budget_gb * 1e9),
+            "budget": round(self._plan.budget_gb * 1e9),
             "parked": parked,
             "pressure": self.pressure,
         }
 
     def _watched_row(self, model: Model) -> Dict[str, Any]:
+        since = model.since
         row: Dict[str, Any] = {
             "state": STATE_WORDS[model.state],
             "reason": "",
             "loads": model.loads,
             "evictions": model.evictions,
             "bytes": round(model.gb * 1e9),     # 0 of LiteLLM's proxy
-            "since": round(model.since + self._epoch),
         }
+        # A request that was answered since has shown that it loads.
         if model.state == "stopped" and model.failed_at > model.last_used:
+            why = load_failure_words(model.failure)
+            log = self._log_path(model.name)
             row["state"] = "failed to load"
-            row["reason"] = f"{load_failure_words(model.failure)} ({self._log_path(model.name)})"
-            row["since"] = round(model.failed_at + self._epoch)
+            row["reason"] = f"{why} ({log})"
+            since = model.failed_at
+        row["since"] = round(since + self._epoch)
         if model.state == "starting":
             share = self._loaded(model)
             if share:
@@ -14954,7 +16038,8 @@ class MemoryWatch:
         self.machine = machine
         self._read = read
         self._before = read(machine.cuda)
-        self._pressure, self._calm = "", 0
+        self._pressure = ""
+        self._calm = 0                          # looks in a row that have found nothing
         self._stopped = threading.Event()
 
     def start(self, ease: Callable[[str], None]) -> None:
@@ -14973,7 +16058,9 @@ class MemoryWatch:
         now = self._read(self.machine.cuda)
         found = memory_pressure(now, self._before)
         self._before = now
-        self._calm = 0 if found else self._calm + 1
+        self._calm += 1
+        if found:
+            self._calm = 0
         if found or self._calm >= self.CALM_LOOKS:
             self._pressure = found
         return self._pressure
@@ -14983,21 +16070,26 @@ class EngineApp(Behind):
     """127.0.0.1:10102 where llama-swap is absent; the same routes."""
 
     def __init__(self, engine: Engine, log: Log, watch: Optional[MemoryWatch] = None) -> None:
-        self.engine, self.log = engine, log
+        self.engine = engine
+        self.log = log
         self._watch = watch
         self._last_rotation = time.monotonic()
         self.address = "the embedded engine"
         self.loading_state = engine.config.loading_state
 
     def memory(self) -> Dict[str, Any]:
-        machine = self._watch.machine._asdict() if self._watch else {}
-        return {**machine, "pressure": self.engine.pressure}
+        shown: Dict[str, Any] = {}
+        if self._watch:
+            shown = self._watch.machine._asdict()
+        shown["pressure"] = self.engine.pressure
+        return shown
 
     def every_second(self) -> None:
         self.log.flush()
         self.engine.unload_idle()
-        if time.monotonic() - self._last_rotation > 30:
-            self._last_rotation = time.monotonic()
+        now = time.monotonic()
+        if now - self._last_rotation > 30:
+            self._last_rotation = now
             self.log.rotate()
             self.engine.tend_files()
 
@@ -15028,31 +16120,47 @@ class EngineApp(Behind):
         return self.engine.pace(name, tokens)
 
     def models(self, request: Request) -> Dict[str, Any]:
-        return {"object": "list", "data": self._listing()}
+        entries = []
+        config = with_served_contexts(self.engine.config, self.contexts())
+        for tier in config.tiers:
+            model = self.engine.find(tier.name)
+            if model is None:
+                continue
+            value = "unloaded"
+            if model.state == "ready":
+                value = "loaded"
+            entry = {**tier_entry(tier), "status": {"value": value}}
+            entries += [{**entry, "id": name} for name in tier.names]
+        return {"object": "list", "data": entries}
 
     def forward(self, client: Client, request: Request, body: bytes) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
-        path, _, query = request.target.partition("?")
+        path, mark, query = request.target.partition("?")
         managed = request.method in ("GET", "HEAD", "POST")
         if managed and self._manage(client, request, path):
             return
         if path.startswith(_UPSTREAM):
             name, _, rest = path[len(_UPSTREAM):].partition("/")
-            target = "/" + rest
-            if query:
-                target += "?" + query
-            self._serve(client, request._replace(target=target), name, body)
+            request = request._replace(target=f"/{rest}{mark}{query}")
+            self._serve(client, request, name, body)
             return
-        name, stream = self._asked(body, query)
+        name = _asked_in(request.target)
+        stream = False
+        if body:
+            # A list is for /lora-adapters, whose model stands in the query.
+            values = dict_of(read_json(body))
+            stream = values.get("stream") is True
+            named = values.get("model")
+            if isinstance(named, str):
+                name = named
         if name and is_auto(name):
             raise HttpError(404, f"there is no path {path} here; the base URL ends in /v1, and a"
                                  " chat is posted to /v1/chat/completions", "not_found")
         tier = self.engine.config.by_name(name)
-        model = self.engine.find(name)
-        is_alias = tier is not None and tier.name != name
         # LiteLLM knows no aliases.
-        if tier and is_alias and body and model and model.proxy:
-            body = b"".join(with_model(body, True, tier.name))
+        if body and tier and tier.backend == "litellm":
+            pieces = with_model(body, True, tier.name)
+            body = b"".join(pieces)
         self._serve(client, request, name, body, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
@@ -15064,9 +16172,12 @@ class EngineApp(Behind):
         if request.method == "POST":
             return self._unload(client, path)
         if path == "/health":
-            client.reply(200, b"OK", _PLAIN, b"X-LLMStack-Pid: %d\r\n" % os.getpid())
+            whose = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, b"OK", _PLAIN, whose)
         elif path == "/ui" and self.page_url:
-            client.reply(307, b"", _PLAIN, f"Location: {self.page_url}\r\n".encode())
+            # llama-swap's page is here; ours is the router's.
+            where = f"Location: {self.page_url}\r\n"
+            client.reply(307, b"", _PLAIN, where.encode())
         elif path.rstrip("/") in ("/v1/models", "/models"):
             listing = self.models(request)
             client.reply_json(listing)
@@ -15085,36 +16196,11 @@ class EngineApp(Behind):
             return True
         if not path.startswith(unload_all + "/"):
             return False
-        model = self.engine.lease(path[len(unload_all) + 1:]).model
-        self.engine.unload([model])
+        name = path[len(unload_all) + 1:]
+        ticket = self.engine.lease(name)
+        self.engine.unload([ticket.model])
         client.reply(200, b"OK", _PLAIN)
         return True
-
-    def _listing(self) -> List[Dict[str, Any]]:
-        entries = []
-        for tier in self.engine.config.tiers:
-            model = self.engine.find(tier.name)
-            if model is None:
-                continue
-            value = "unloaded"
-            if model.state == "ready":
-                value = "loaded"
-            entry = {**tier_entry(tier), "status": {"value": value}}
-            entries += [{**entry, "id": name} for name in tier.names]
-        return entries
-
-    @staticmethod
-    def _asked(body: bytes, query: str) -> Tuple[str, bool]:
-        """(model, whether a stream is wanted) of a request."""
-        if body:
-            try:
-                asked = json.loads(str(body, "utf-8"))
-            except (ValueError, RecursionError) as exc:
-                raise HttpError(400, f"the body is not JSON: {exc}") from None
-            if isinstance(asked, dict) and isinstance(asked.get("model"), str):
-                return asked["model"], asked.get("stream") is True
-        from urllib.parse import parse_qs
-        return parse_qs(query).get("model", [""])[0], False
 
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
                stream: bool = False) -> None:
@@ -15145,8 +16231,19 @@ def running_rows(upstream: Upstream) -> Optional[List[Dict[str, Any]]]:
 
 def server_port(row: Mapping[str, Any]) -> int:
     """The port of a model's server by its row of /running, 0 where that has none."""
-    found = re.search(r":([0-9]{1,5})/?\Z", str(row.get("proxy")))
-    return int(found.group(1)) if found else 0
+    url = str(row.get("proxy"))
+    found = re.search(r":([0-9]{1,5})/?\Z", url)
+    if found is None:
+        return 0
+    return int(found[1])
+
+
+def ready_port(upstream: Upstream, name: str) -> int:
+    """The port of a model's server, 0 where that is not ready or not told."""
+    for row in running_rows(upstream) or ():
+        if row["model"] == name and row["state"] == "ready":
+            return server_port(row)
+    return 0
 
 
 def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
@@ -15155,12 +16252,6 @@ def running_states(upstream: Upstream) -> Optional[Dict[str, str]]:
     if rows is None:
         return None
     return {row["model"]: row["state"] for row in rows}
-
-
-def swap_ports(upstream: Upstream) -> Dict[str, int]:
-    """Model -> the port of its server, of those that are ready."""
-    rows = running_rows(upstream) or ()
-    return {row["model"]: server_port(row) for row in rows if row["state"] == "ready"}
 
 
 class Settling:
@@ -15182,13 +16273,17 @@ class SwapBays:
 
     def __init__(self, parking: Parking, tiers: Sequence[Tier], identify: Callable[[Tier], str],
                  log: Log) -> None:
-        self._parking, self._identify, self._log = parking, identify, log
+        self._parking = parking
+        self._identify = identify
+        self._log = log
         self._tiers = {tier.name: tier for tier in tiers}
         self._settling: Dict[str, Settling] = {}
         self._lock = threading.Lock()
 
-    def settle(self, name: str, swap: Upstream) -> Settling:
-        """A model's restoring, which is begun where needed."""
+    def settle(self, name: str, swap: Upstream) -> Optional[Settling]:
+        """A model's restoring, which is begun where needed; None for what is never parked."""
+        if name not in self._tiers:
+            return None
         with self._lock:
             known = self._settling.get(name)
             if known is None:
@@ -15202,7 +16297,8 @@ class SwapBays:
         except (OSError, ValueError, UserError) as exc:
             self._log.warning(f"{name}: nothing is restored: {exc}")
         finally:
-            # The request that waits goes on, and the next one tries again.
+            # Without a bay the request that waits goes on, and the next one tries again. Meanwhile
+            # the model may have been stopped, and be loaded for another.
             with self._lock:
                 if settling.bay is None and self._settling.get(name) is settling:
                     del self._settling[name]
@@ -15212,29 +16308,34 @@ class SwapBays:
         tier = self._tiers[name]
         # A llama-server with --slot-save-path does not start without that directory.
         make_private_dir(self._parking.directory)
-        is_up = name in (running_states(swap) or {})
+        states = running_states(swap) or {}
         began = time.monotonic()
         swap.get(f"/upstream/{name}/health", LOAD_TIMEOUT_S)
         load_s = time.monotonic() - began
-        port = swap_ports(swap).get(name)
+        port = ready_port(swap, name)
         if not port:
             return None
         server = Upstream("127.0.0.1", port)
+        # llama-swap's servers have its key.
         server.key = swap.key
-        bay = Bay(self._parking, tier, self._identify(tier), server, self._log)
-        if not is_up:
-            self._parking.speeds.note(bay.identity, name, "load", load_s)
+        identity = self._identify(tier)
+        bay = Bay(self._parking, tier, identity, server, self._log)
+        # One that was loaded already has answered at once, which says nothing of a load.
+        if name not in states:
+            self._parking.speeds.note(identity, name, "load", load_s)
+        # A server that has been asked already holds newer conversations than the files.
         if bay.fresh():
             bay.restore()
         return bay
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a model with a prompt of so many tokens."""
+        parking = self._parking
         settling = self._settling.get(name)
         if settling is not None and settling.bay is not None:
             return settling.bay.pace(tokens)
-        identity = self._parking.speeds.identity_of(name)
-        return model_pace(self._parking, identity, tokens)
+        identity = parking.speeds.identity_of(name)
+        return model_pace(parking, identity, tokens)
 
     def parked(self) -> List[Dict[str, Any]]:
         return self._parking.rows()
@@ -15263,7 +16364,9 @@ class SwapLease(Lease):
     def __init__(self, upstream: Upstream, model: str, bays: Optional[SwapBays] = None) -> None:
         super().__init__(upstream)
         self._model = model
-        self._settling = bays.settle(model, upstream) if bays else None
+        self._settling: Optional[Settling] = None
+        if bays:
+            self._settling = bays.settle(model, upstream)
 
     def ready(self) -> bool:
         if self._settling is None:
@@ -15310,7 +16413,8 @@ class SwapApp(UpstreamApp):
             self._models.update(dict.fromkeys(tier.names, tier.name))
         self._bays = bays
         self._command = command(port)
-        self._env, self._output = env, output
+        self._env = env
+        self._output = output
         self._process: Any = None
         self._started_s = 0.0
         self._closing = False
@@ -15327,8 +16431,9 @@ class SwapApp(UpstreamApp):
 
     def _spawn(self) -> None:
         self._started_s = time.monotonic()
-        self._process = spawn(self._command, self._output, self._env)
-        self._mark = process_started(self._process.pid)
+        process = spawn(self._command, self._output, self._env)
+        self._process = process
+        self._mark = process_started(process.pid)
 
     def _healthy(self) -> bool:
         try:
@@ -15342,13 +16447,14 @@ class SwapApp(UpstreamApp):
         if self._bays:
             self._bays.save_when_due()
         code = self._process.poll()
-        due = time.monotonic() - self._started_s > self.RESTART_S
-        if code is None or self._closing or not due:
+        if code is None or self._closing:
+            return
+        if time.monotonic() - self._started_s < self.RESTART_S:
             return
         self.log.error(
             f"llama-swap has died (exit {code}); starting it again, see {self._output}")
         # The models that it has left hold the ports that it would give to others.
-        stop_stack_members(self._env.get(STACK_VARIABLE, ""))
+        stop_members(stack_members(_mark_in(self._env)))
         if self._bays:
             self._bays.forget_all()
         try:
@@ -15388,21 +16494,22 @@ class SwapApp(UpstreamApp):
         return f"/upstream/{name}{target}"
 
     def pace(self, name: str, tokens: int) -> Pace:
-        if self._bays is None or name not in self._models or name == PROXY:
+        if self._bays is None:
             return Pace()
         return self._bays.pace(name, tokens)
 
     def lease(self, name: str) -> Lease:
+        # llama-swap says itself that it has no model of a name that is no tier's.
         model = self._models.get(name, name)
-        if model == PROXY or model not in self._models:
-            return SwapLease(self.upstream, model)
         return SwapLease(self.upstream, model, self._bays)
 
     def forward(self, client: Client, request: Request, body: bytes) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
-        if self._bays and request.method == "POST" and request.target.startswith(park):
-            self._bays.park(request.target[len(park):])
+        is_park = request.method == "POST" and request.target.startswith(park)
+        if self._bays and is_park:
+            name = request.target[len(park):]
+            self._bays.park(name)
             client.reply(200, b"OK", _PLAIN)
             return
         super().forward(client, request, body)
@@ -15414,8 +16521,6 @@ class SwapApp(UpstreamApp):
 # One daemon a project: it listens on 10101 (router) and 10102 (engine), and owns what it starts.
 # This room brings it up and takes it down, and asks it from outside, by HTTP. All that starts or
 # stops one holds stack_lock, so that two terminals cannot both find the ports free.
-
-Say = Callable[[str], None]
 
 
 def pid_file(places: Places) -> str:
@@ -15438,19 +16543,17 @@ def read_stack(places: Places) -> Optional[Record]:
     # One copy serves all projects: it is of the last one that was started.
     if copy.get("work") != places.work:
         return None
-    return proven_record(str(copy.get("record", "")), places.work)
+    text = str(copy.get("record", ""))
+    return proven_record(text, places.work)
 
 
 def running_record(places: Places) -> Optional[Record]:
     """The project's daemon where it lives, None where it does not or is another's."""
     record = read_stack(places)
+    # Worktrees may share one .llmstack/; a daemon belongs to the one that it was started for.
     if not owned_process(record, places.work):
         return None
     return record
-
-
-def stack_is_alive(places: Places) -> bool:
-    return running_record(places) is not None
 
 
 def connectable(host: str) -> str:
@@ -15467,7 +16570,7 @@ def api_key(env: Mapping[str, str]) -> str:
     """
     key = env.get("LLMSTACK_API_KEY", "").strip()
     # A header is one line of ASCII; a key from a file on Windows may hold a mark of its encoding.
-    if key and not (key.isascii() and key.isprintable()):
+    if not key.isascii() or not key.isprintable():
         raise UserError("LLMSTACK_API_KEY holds more than printable ASCII",
                         "set it to one plain line", 2)
     return key
@@ -15520,11 +16623,12 @@ def base_url(host: str, port: int) -> str:
 
 def check_exposure(host: str, config: Config, env: Mapping[str, str]) -> None:
     """Refuse to listen where others can reach it without a key. Errors: UserError."""
-    if is_loopback(host) or api_key(env) or config.allow_unauthenticated:
+    if is_loopback(host) or api_key(env):
         return
-    raise UserError(f"{host} can be reached by others, and no API key is set",
-                    "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
-                    " in models.ini", 2)
+    if not config.allow_unauthenticated:
+        raise UserError(f"{host} can be reached by others, and no API key is set",
+                        "set LLMSTACK_API_KEY in the environment, or allow_unauthenticated = yes"
+                        " in models.ini", 2)
 
 
 class Plan(NamedTuple):
@@ -15556,17 +16660,20 @@ def swap_binary(config: Config, env: Mapping[str, str], data: str) -> Binary:
     if not program:
         return Binary(program)
     server = Binary(program, probe_flags(program, config, data))
-    if _can_park(config, server):
-        return server._replace(program=(*program, *parking_flags(data)))
-    return server
+    if not _can_park(config, server):
+        return server
+    words = (*program, *parking_flags(data))
+    return server._replace(program=words)
 
 
 def own_binaries(config: Config, env: Mapping[str, str], data: str) -> Dict[str, Binary]:
     """Tiers with settings of their own -> their llama-server. Errors: UserError."""
     found = {}
     for tier in local_tiers(config):
-        if any(key in SERVER_OPTIONS for key in tier.settings):
-            found[tier.name] = swap_binary(tier_config(config, tier), env, data)
+        if SERVER_OPTIONS.keys().isdisjoint(tier.settings):
+            continue
+        own = tier_config(config, tier)
+        found[tier.name] = swap_binary(own, env, data)
     return found
 
 
@@ -15585,7 +16692,8 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
     """
     found = {f.name: f.memory.weights / 1e9 for f in fits if f.memory}
     for tier in local:
-        load_s = speeds.load_s(speeds.identity_of(tier.name))
+        identity = speeds.identity_of(tier.name)
+        load_s = speeds.load_s(identity)
         if load_s:
             found[tier.name] = load_s * LOADED_GB_PER_S
     return found
@@ -15594,31 +16702,41 @@ def costly_gb(local: Sequence[Tier], fits: Iterable[TierFit], speeds: Speeds) ->
 def write_swap_yaml(places: Places, config: Config, proxy: Optional[ProxyPlan],
                     path: str, drafts: Drafts) -> None:
     """Write llama-swap's configuration for this machine. Errors: UserError."""
-    env, local = places.env, local_tiers(config)
-    server = swap_binary(config, env, places.data)
+    env = places.env
+    data = places.data
+    local = local_tiers(config)
+    server = swap_binary(config, env, data)
     machine = this_machine(config)
     fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
     tiers = []
     for tier in config.tiers:
         ready = _ready_for_swap(tier, env)
-        identity = probe_identity(tier, config, env, places.data)
+        identity = probe_identity(tier, config, env, data)
         tiers.append(drafts.choose(tier, ready, identity))
     config = config._replace(tiers=tuple(tiers))
+    # What llama-swap runs before it stops a model: it asks our listener to park that.
     park: Tuple[str, ...] = ()
     if _can_park(config, server):
-        park = (*guest_command(sys.executable, "park"), str(config.engine_port))
+        port = str(config.engine_port)
+        park = (*guest_command(sys.executable, "park"), port)
+    quote = posix_quote
+    if IS_WINDOWS:
+        quote = windows_quote
     plan = SwapPlan(
-        config, server,
-        quote=windows_quote if IS_WINDOWS else posix_quote,
+        config,
+        server,
+        quote=quote,
         first_port=free_run(FIRST_SERVER_PORT, len(local)),
         need_gb={fit.name: fit.needs for fit in fits},
-        weights_gb=costly_gb(local, fits, Speeds(places.data)),
+        weights_gb=costly_gb(local, fits, Speeds(data)),
         budgets_gb=machine.budgets_gb,
         proxy=proxy,
-        own=own_binaries(config, env, places.data),
-        park=park)
-    write_atomic(path, render_llama_swap_yaml(plan))
+        own=own_binaries(config, env, data),
+        park=park,
+    )
+    text = render_llama_swap_yaml(plan)
+    write_atomic(path, text)
 
 
 def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
@@ -15629,15 +16747,16 @@ def choose_engine(config: Config, env: Mapping[str, str], data: str) -> str:
     if find_llama_swap(env, data):
         return "llama-swap"
     if config.engine == "llama-swap":
+        folder = os.path.join(data, "bin")
         raise UserError("engine = llama-swap, and there is no llama-swap on PATH",
-                        "put its binary on PATH or in " + os.path.join(data, "bin")
-                        + ", or set engine = auto")
+                        f"put its binary on PATH or in {folder}, or set engine = auto")
     return "embedded"
 
 
 def check_plan(plan: Plan) -> None:
     """What can be known to fail before anything is started or stopped. Errors: UserError."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     if not program and local_tiers(config):
         raise UserError("there is no llama-server on this machine", LLAMA_SERVER_HINT)
@@ -15648,9 +16767,11 @@ def check_plan(plan: Plan) -> None:
 
 def other_owner(places: Places) -> Optional[Places]:
     """The project whose daemon is alive, where that is not this one."""
-    work = str(_read_json(owner_file(places.data)).get("work", ""))
-    other = places_at(places.data, work)
-    if not work or work == places.work or not stack_is_alive(other):
+    work = _read_json(owner_file(places.data)).get("work")
+    if not work or work == places.work:
+        return None
+    other = places_at(places.data, str(work))
+    if running_record(other) is None:
         return None
     return other
 
@@ -15680,10 +16801,10 @@ def seed_text(profile: str = "") -> Tuple[bytes, str]:
            f" ({machine.budget_gb:.1f} GB usable: {machine.source})")
     if not fits_machine(name, machine):
         need = PROFILES[name]
-        beside = ""
+        needed = f"{need.budget_gb:g} GB"
         if need.host_gb:
-            beside = f" on a card and {need.host_gb:g} GB beside it"
-        why += (f"; it needs {need.budget_gb:g} GB{beside}, so not every tier can load:"
+            needed += f" on a card and {need.host_gb:g} GB beside it"
+        why += (f"; it needs {needed}, so not every tier can load:"
                 " `llmstack fit` says which")
     return text, why
 
@@ -15694,11 +16815,12 @@ def planned_config(places: Places, warn: Optional[Callable[[str], None]] = None,
 
     Errors: as theirs.
     """
-    if os.path.exists(places.models_ini) or places.env.get("LLMSTACK_MODELS_INI"):
+    # A file that the user has named is not made up where it is missing: load_config says so.
+    if places.env.get("LLMSTACK_MODELS_INI") or os.path.exists(places.models_ini):
         return load_config(places, warn)
     seed, _ = seed_text(profile)
-    text = with_ultra(seed, places.env, places.data).decode("utf-8")
-    config, _ = parse_models_ini(text)
+    text = with_ultra(seed, places.env, places.data)
+    config, _ = parse_models_ini(text.decode("utf-8"))
     return config
 
 
@@ -15708,11 +16830,14 @@ def check_state(places: Places) -> None:
     Errors: UserError.
     """
     # An older version, or a clone, may have left these open to others.
-    close_to_others(places.data, places.state, places.in_state("logs"))
-    target = os.path.realpath(places.state)
+    state = places.state
+    close_to_others(places.data, state, places.in_state("logs"))
+    if not os.path.islink(state):
+        return
+    target = os.path.realpath(state)
     # A link to another project's .llmstack is how worktrees share one.
-    if os.path.islink(places.state) and os.path.basename(target) != ".llmstack":
-        raise UserError(f"{places.state} is a link to {target}, and files would be written there",
+    if os.path.basename(target) != ".llmstack":
+        raise UserError(f"{state} is a link to {target}, and files would be written there",
                         "remove the link; one to a directory that is named .llmstack is followed")
 
 
@@ -15739,16 +16864,12 @@ def seed_project(places: Places, say: Say, text: Optional[bytes] = None, profile
         say(why)
 
 
-def _stack_name(places: Places) -> str:
+def _stack_words(places: Places) -> Tuple[str, str]:
+    """What another project's stack is called, and what ends it."""
     if places.is_demo:
-        return "another llmstack (the demo)"
-    return f"another llmstack ({places.work})"
-
-
-def _stop_advice(places: Places) -> str:
-    if places.is_demo:
-        return "`llmstack stop --demo` ends it"
-    return f"`llmstack stop` in {places.work} ends it"
+        return "another llmstack (the demo)", "`llmstack stop --demo` ends it"
+    work = places.work
+    return f"another llmstack ({work})", f"`llmstack stop` in {work} ends it"
 
 
 def _listening_stack(data: str, port: int) -> Optional[Places]:
@@ -15776,11 +16897,13 @@ def _refuse_second_stack(places: Places) -> None:
     if owner is None:
         return
     record = read_stack(owner)
-    assert record is not None                   # it is alive
+    # It may have ended since it was found alive.
+    if record is None:
+        return
+    name, advice = _stack_words(owner)
     url = base_url(record.host, record.port)
-    raise UserError(f"{_stack_name(owner)} holds {record.port} and {record.engine_port}",
-                    f"`llmstack install --external {url}` uses it from here,"
-                    f" {_stop_advice(owner)}")
+    raise UserError(f"{name} holds {record.port} and {record.engine_port}",
+                    f"`llmstack install --external {url}` uses it from here, {advice}")
 
 
 def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
@@ -15801,19 +16924,20 @@ def check_ports(places: Places, wanted: Mapping[str, Tuple[str, int]]) -> None:
             continue
         other = _listening_stack(places.data, port)
         if other is not None:
-            holder = _stack_name(other)
-            advice.append(_stop_advice(other))
+            holder, ending = _stack_words(other)
+            advice.append(ending)
         else:
             holder = port_holder(port)
             keys.append(key)
         holders.setdefault(holder, []).append(str(port))
+    if not holders:
+        return
     if keys:
         advice.append(f"stop what is there, or choose another {_and_list(keys)} in models.ini")
-    if holders:
-        held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
-        # Two ports of one stack need its advice once.
-        once = dict.fromkeys(advice)
-        raise UserError("; ".join(held), "; ".join(once))
+    held = [f"{holder} holds {_and_list(ports)}" for holder, ports in holders.items()]
+    # Two ports of one stack need its advice once.
+    once = dict.fromkeys(advice)
+    raise UserError("; ".join(held), "; ".join(once))
 
 
 def stack_lock(places: Places, tell: Say = say) -> FileLock:
@@ -15829,15 +16953,18 @@ def _refuse_other_terms(plan: Plan, record: Record) -> None:
     if record.channel != plan.channel:
         raise UserError(f"the stack is running on the {record.channel} channel",
                         f"run `llmstack restart --{plan.channel}` to change it")
-    if (record.host, record.port) != (plan.host, plan.port):
+    host = plan.host
+    port = plan.port
+    if (record.host, record.port) != (host, port):
         url = base_url(record.host, record.port)
         raise UserError(f"the router is running on {url}",
-                        f"run `llmstack restart --host {plan.host} --port {plan.port}` to move it")
+                        f"run `llmstack restart --host {host} --port {port}` to move it")
 
 
 def _plan_ports(plan: Plan) -> Dict[str, Tuple[str, int]]:
     """Key of models.ini -> the address it names, of all that the daemon will listen on."""
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     wanted = {
         "router_port": (plan.host, plan.port),
         "engine_port": ("127.0.0.1", config.engine_port),
@@ -15856,7 +16983,8 @@ def program_name(program: Sequence[str]) -> str:
 
 
 def _say_started(plan: Plan) -> None:
-    places, config = plan.places, plan.config
+    places = plan.places
+    config = plan.config
     program = find_llama_server(config, places.env, places.data)
     proxy = plan_proxy(places, config, places.env)
     engine = f"Engine  {plan.kind} on http://127.0.0.1:{config.engine_port}"
@@ -15882,17 +17010,18 @@ def _take_down(places: Places) -> int:
     if record is not None:
         stopped = stop_recorded(record, places.work, STOP_GRACE_S + PARK_GRACE_S)
     # What a crash has left has no record any more, but its mark.
-    stopped += stop_project_members(places.work)
+    stopped += stop_members(project_members(places.work))
     _remove(pid_file(places))
     _remove(places.in_state("active-channel"))
-    if _read_json(owner_file(places.data)).get("work") == places.work:
-        _remove(owner_file(places.data))
+    copy = owner_file(places.data)
+    if _read_json(copy).get("work") == places.work:
+        _remove(copy)
     return stopped
 
 
 def _daemon_command(plan: Plan) -> List[str]:
-    words = [sys.executable, PROGRAM, "_daemon", "--host", plan.host, "--port", str(plan.port),
-             "--engine", plan.kind]
+    words = [sys.executable, PROGRAM, "_daemon"]
+    words += ["--host", plan.host, "--port", str(plan.port), "--engine", plan.kind]
     if plan.channel == "next":
         words.append("--next")
     return words
@@ -15904,18 +17033,26 @@ def _start_daemon(plan: Plan) -> None:
     log = places.log("router.log")
     log_bytes = file_size(log)
     blank = Record(
-        0, "", new_mark(places.work), plan.host, plan.port, plan.kind, plan.channel,
-        plan.config.engine_port)
+        pid=0,
+        started="",
+        stack=new_mark(places.work),
+        host=plan.host,
+        port=plan.port,
+        kind=plan.kind,
+        channel=plan.channel,
+        engine_port=plan.config.engine_port,
+    )
     env = {
         **places.env,
         "LLMSTACK_WORK_DIR": places.work,
         "LLMSTACK_DATA_DIR": places.data,
         "LLMSTACK_MODELS_INI": places.models_ini,
     }
-    process, record = spawn_recorded(_daemon_command(plan), log, env, pid_file(places), blank)
+    path = pid_file(places)
+    process, record = spawn_recorded(_daemon_command(plan), log, env, path, blank)
     try:
         # The copy is what finds the daemon when .llmstack is deleted under it.
-        copy = {"work": places.work, "record": read_text(pid_file(places))}
+        copy = {"work": places.work, "record": read_text(path)}
         write_atomic(owner_file(places.data), json.dumps(copy))
         await_answer("the daemon", process, lambda: answers(record, places.env), log, log_bytes,
                      START_TIMEOUT_S)
@@ -15957,8 +17094,9 @@ def ask_reload(record: Record, env: Mapping[str, str]) -> str:
 
     Errors: UserError.
     """
+    router = router_upstream(record, env)
     try:
-        response, body = router_upstream(record, env).get("/llmstack/reload", 10.0, "POST")
+        response, body = router.get("/llmstack/reload", 10.0, "POST")
     except (OSError, ValueError):
         raise UserError("the router does not answer", "see logs/router.log") from None
     if response.status == 200:
@@ -16013,8 +17151,8 @@ def _router_states(upstream: Upstream) -> Dict[str, Dict[str, str]]:
     states = {}
     for name, row in asked_json(upstream, "/llmstack/state").items():
         if isinstance(row, dict):
-            texts = {key: value for key, value in row.items() if isinstance(value, str)}
-            states[name] = texts
+            values = row.items()
+            states[name] = {key: value for key, value in values if isinstance(value, str)}
     return states
 
 
@@ -16027,7 +17165,8 @@ def _tier_row(tier: Tier, known: Tuple[str, Any],
     # Of a hosted tier the engine knows nothing; the router knows how its host answers.
     if tier.backend != "gguf":
         model = hosted_model(tier)
-        state, since_s = told.get("state", "unknown"), None
+        state = told.get("state", "unknown")
+        since_s = None
     return {
         "name": tier.name,
         "role": tier.role,
@@ -16055,13 +17194,15 @@ _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 def _judge_hosted(row: Dict[str, Any], missing: Sequence[str], proxy: Tuple[str, Any]) -> None:
     """Put into a LiteLLM tier's row how its proxy is, and which credentials are missing."""
     row["missing"] = list(missing)
+    state = row["state"]
     # The router calls a hosted tier available; whether its proxy is up, the engine knows.
-    if row["state"] == "available":
-        state, row["since_s"] = proxy
-        row["state"] = _PROXY_WORDS.get(state, state)
+    if state == "available":
+        word, row["since_s"] = proxy
+        row["state"] = _PROXY_WORDS.get(word, word)
     # A worse reason than a missing credential stays.
-    settled = row["state"] in ("failing", "local_only") or "LiteLLM" in row["reason"]
-    if missing and not settled:
+    if state in ("failing", "local_only") or "LiteLLM" in row["reason"]:
+        return
+    if missing:
         row["state"] = "no credential"
         row["reason"] = f"missing {', '.join(missing)}"
 
@@ -16074,39 +17215,37 @@ def running_channel(places: Places) -> str:
     return record.channel
 
 
-class _Told(NamedTuple):
-    """What a running stack tells of its tiers, by name; nothing where it does not run."""
+def _hosted_states(config: Config, router: Optional[Upstream],
+                   env: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+    """What a router tells of its tiers; without one, which hosted tiers have no credential."""
+    if router is not None:
+        return _router_states(router)
+    lacking = missing_credentials(config, env)
+    return {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
 
-    states: Dict[str, Tuple[str, Any]]          # (state, since how many seconds), by the engine
-    otherwise: str                              # the state of one that the engine does not name
-    hosted: Dict[str, Dict[str, str]]           # by the router
 
+def _tier_rows(places: Places, config: Config, router: Optional[Upstream],
+               engine: Optional[Upstream], env: Mapping[str, str]) -> List[Dict[str, Any]]:
+    """The rows of `status`, of what router and engine tell where they answer.
 
-def _ask_tiers(places: Places, config: Config, router: Optional[Upstream],
-               engine: Optional[Upstream]) -> _Told:
-    states, otherwise = {}, "unknown"
+    `env`: that of the daemon, whose credentials count.
+    """
+    states: Dict[str, Tuple[str, Any]] = {}
+    unnamed = ("unknown", None)
     if engine is not None:
         states = _engine_states(engine) or {}
-        otherwise = "stopped"
-    if router is not None:
-        hosted = _router_states(router)
-    else:
-        lacking = missing_credentials(config, places.env)
-        hosted = {name: {"state": "no credential", "reason": why} for name, why in lacking.items()}
-    return _Told(states, otherwise, hosted)
-
-
-def _tier_rows(places: Places, config: Config, told: _Told,
-               env: Mapping[str, str]) -> List[Dict[str, Any]]:
-    """The rows of `status`; `env`: that of the daemon, whose credentials count."""
+        # An engine names only what is loaded.
+        unnamed = ("stopped", None)
+    hosted = _hosted_states(config, router, places.env)
     lacking = lacking_credentials(places, config, env)
     parking = parking_notes(places.data)
-    proxy = told.states.get(PROXY, ("", None))
+    proxy = states.get(PROXY, ("", None))
     rows = []
     for tier in config.tiers:
         name = tier.name
-        known = told.states.get(name, (told.otherwise, None))
-        row = _tier_row(tier, known, told.hosted.get(name, {}))
+        known = states.get(name, unnamed)
+        told = hosted.get(name, {})
+        row = _tier_row(tier, known, told)
         row["parking"] = parking.get(name, "")
         row["settings"] = ""
         if tier.backend == "gguf":
@@ -16166,8 +17305,7 @@ def stack_status(places: Places, config: Config) -> Dict[str, Any]:
         rows["other_owner"] = owner.work
     rows["running"] = router is not None and engine is not None
     config = config.on_channel(rows["channel"] or "")
-    told = _ask_tiers(places, config, router, engine)
-    rows["tiers"] = _tier_rows(places, config, told, env)
+    rows["tiers"] = _tier_rows(places, config, router, engine, env)
     if litellm_tiers(config):
         rows["differences"] = litellm_differences(config, read_litellm_file(places, env))
     return rows
@@ -16190,20 +17328,19 @@ def router_address(places: Places, config: Config) -> Tuple[str, int]:
     return config.host, config.router_port
 
 
-def project_opencode_json(places: Places, config: Config, url: str, env: Mapping[str, str],
-                          local: bool = True) -> str:
+def project_opencode_json(places: Places, config: Config, url: str, local: bool = True) -> str:
     """The opencode.json of a project whose router is at `url`.
 
     Where that is local, LiteLLM's gateway stands in it, and contexts are those of the files here.
     """
-    key = api_key(env)
+    key = api_key(places.env)
     mcp_url = ""
     if local:
-        marker = read_marker(places) or Marker("current")
-        config = true_config(config.on_channel(marker.channel), places)
+        channel = pinned_marker(places).channel
+        config = true_config(config.on_channel(channel), places)
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
-        if any(tier.backend == "litellm" for tier in config.offered):
+        if litellm_tiers(config):
             mcp_url = f"http://127.0.0.1:{config.litellm_port}/mcp"
     notes = places.in_state("AGENTS.md")
     return render_opencode_json(config, url, notes, wants_key=bool(key), mcp_url=mcp_url)
@@ -16262,7 +17399,7 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
         say(f"Wrote {pin}")
     # The router of before is not this project's any more.
     active = read_marker(places, "active-channel")
-    if active is not None and active.channel == "external" and active != marker:
+    if active and active.channel == "external" and active != marker:
         _remove(places.in_state("active-channel"))
     if not trust:
         return changed
@@ -16275,15 +17412,13 @@ def wire_project(places: Places, marker: Marker, opencode_json: str, say: Say,
     return changed
 
 
-def rewire_project(places: Places, config: Config, host: str, port: int, env: Mapping[str, str],
-                   say: Say) -> None:
+def rewire_project(places: Places, config: Config, url: str, say: Say) -> None:
     """After a start: opencode.json where there is none, or where it leads elsewhere.
 
     What was not trusted before is not trusted for that.
     """
     old = _read_bytes(places.in_state("opencode.json"))
-    url = base_url(host, port)
-    text = project_opencode_json(places, config, url, env)
+    text = project_opencode_json(places, config, url)
     ours = _is_ours(places, "opencode.json", old)
     # A file that leads here stays as it is, whoever wrote it.
     if f'"{url}/v1"'.encode() in old:
@@ -16293,10 +17428,12 @@ def rewire_project(places: Places, config: Config, host: str, port: int, env: Ma
     if old and not ours:
         say(f"opencode.json leads elsewhere than to {url}; `llmstack install` writes it anew")
         return
-    is_new = not any(os.path.exists(places.in_state(name)) for name in _HOOK_FILES)
-    trust = is_new or is_trusted(places, "hook")
-    wire_project(places, read_marker(places) or Marker("current"), text, say, trust)
+    # Where none of them is there yet, what is trusted is nothing.
+    trust = is_trusted(places, "hook")
+    wire_project(places, pinned_marker(places), text, say, trust)
 
+
+# ---- the thin client
 
 # The thin client: a project whose router is somewhere else, and whose models.ini is read there
 # each time. Nothing that comes from there is used before its size and its type are checked.
@@ -16387,6 +17524,7 @@ def _why_no_router(exc: Exception) -> Tuple[str, str]:
     if isinstance(exc, socket.gaierror):
         return (f"its name is not found ({exc.strerror})",
                 "correct the URL, or give the address in numbers")
+    # The second is what upstream.get() says where bytes come, but too slowly.
     if isinstance(exc, socket.timeout) or "no answer within" in str(exc):
         return (f"no answer within {REMOTE_PATIENCE_S:g} s",
                 "see that the machine is up and that no firewall stands between")
@@ -16418,15 +17556,18 @@ def _why_no_models_ini(response: Response, body: bytes, sent_key: bool,
         return (f"redirects to {place or 'nowhere'}",
                 "a login page stands before it: name the router's own address")
     if status == 401:
-        return ("refuses this LLMSTACK_API_KEY" if sent_key else "wants an API key",
-                "set LLMSTACK_API_KEY to the router's key, here and where opencode runs")
+        what = "wants an API key"
+        if sent_key:
+            what = "refuses this LLMSTACK_API_KEY"
+        return what, "set LLMSTACK_API_KEY to the router's key, here and where opencode runs"
     if status == 404:
         return (f"answers 404{_said(body)}",
                 "correct the URL: a llmstack router answers there,"
                 " llama-server and llama-swap do not")
     if status != 200:
         return f"answers {status}{_said(body)}", "look at that machine's router.log"
-    if "html" in response.header(b"content-type").lower() or body.lstrip()[:1] == b"<":
+    kind = response.header(b"content-type").lower()
+    if "html" in kind or body.lstrip().startswith(b"<"):
         return ("is a web page, no router's models.ini",
                 "correct the URL; a login page or a proxy may stand before the router")
     return (f"is no models.ini, {problem}",
@@ -16438,7 +17579,8 @@ def _read_remote(body: bytes, where: str) -> Config:
     try:
         config, _ = parse_models_ini(decode_models_ini(body, where), where)
     except ConfigError as exc:
-        raise ValueError(visible(exc.problems[0].replace(where + ":", "line "))) from None
+        problem = exc.problems[0].replace(where + ":", "line ")
+        raise ValueError(visible(problem)) from None
     if not config.tiers:
         raise ValueError("it names no tier")
     return config
@@ -16494,12 +17636,13 @@ def leave_daemons(places: Places, remote: RemoteRouter, say: Say) -> None:
 
 def connect_external(places: Places, insecure: bool, say: Say) -> None:
     """`start` in a thin client: see that its router is up. Errors: UserError."""
-    remote = fetch_remote(trusted_url(places), os.environ, insecure)
+    remote = fetch_remote(trusted_url(places), places.env, insecure)
+    url = remote.url
     # Shells show what runs, and the router has just answered.
-    marker = Marker("external", remote.url)
+    marker = Marker("external", url)
     write_atomic(places.in_state("active-channel"), render_marker(marker))
-    say(f"Router  {remote.url}/v1 is up")
-    text = project_opencode_json(places, remote.config, remote.url, os.environ, local=False)
+    say(f"Router  {url}/v1 is up")
+    text = project_opencode_json(places, remote.config, url, local=False)
     if text.encode() != _read_bytes(places.in_state("opencode.json")):
         say("Its tiers, or whether there is an LLMSTACK_API_KEY, have changed;"
             " `llmstack install` writes opencode.json anew")
@@ -16517,12 +17660,14 @@ def _remote_tiers(remote: RemoteRouter) -> List[Dict[str, Any]]:
     for tier in remote.config.tiers:
         state = states.get(tier.name, (otherwise, None))
         row = _tier_row(tier, state, told.get(tier.name, {}))
-        shown = {key: visible(value) for key, value in row.items() if isinstance(value, str)}
-        rows.append({**row, **shown})
+        for key, value in row.items():
+            if isinstance(value, str):
+                row[key] = visible(value)
+        rows.append(row)
     return rows
 
 
-def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
+def external_status(places: Places) -> Dict[str, Any]:
     """stack_status of a thin client; "problem" says why the router does not answer."""
     url = pinned_url(places)
     router = {"kind": "external", "pid": None, "url": url, "alive": False, "answers": False}
@@ -16538,7 +17683,7 @@ def external_status(places: Places, env: Mapping[str, str]) -> Dict[str, Any]:
         "problem": None,
     }
     try:
-        remote = fetch_remote(trusted_url(places), env)
+        remote = fetch_remote(trusted_url(places), places.env)
     except UserError as exc:
         status["problem"] = f"{exc}; {exc.hint}"
         return status
@@ -16570,20 +17715,32 @@ def span_words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def progress_words(have: int, size: int, rate: float) -> str:
+def progress_words(have: float, size: float, rate: float) -> str:
     """`12.3 of 45.0 GB, 85.1 MB/s, 6 min left`; bytes, `size` 0 where it is not known, bytes/s."""
-    unit, name = 1e6, "MB"
+    unit = 1e6
+    name = "MB"
     if size >= 1e9:
-        unit, name = 1e9, "GB"
-    if not size:
-        return f"{have / unit:,.1f} {name}"
-    words = f"{have / unit:,.1f} of {size / unit:,.1f} {name}"
-    if rate <= 0:
+        unit = 1e9
+        name = "GB"
+    words = f"{have / unit:,.1f}"
+    if size:
+        words += f" of {size / unit:,.1f}"
+    words += f" {name}"
+    if not size or rate <= 0:
         return words
-    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words((size - have) / rate)} left"
+    left_s = (size - have) / rate
+    return f"{words}, {rate / 1e6:,.1f} MB/s, {span_words(left_s)} left"
 
 
-_QUEUE_VALUES = {"part": str, "error": str, "hint": str, "before": int, "total": int, "bytes": int}
+# What is known of a job once it has begun.
+_QUEUE_VALUES = {
+    "part": str,
+    "error": str,
+    "hint": str,
+    "before": int,
+    "total": int,
+    "bytes": int,
+}
 UNFINISHED = ("queued", "running")              # the states of a job that has not ended
 _ENDED = ("done", "failed")
 
@@ -16601,36 +17758,43 @@ def read_queue(places: Places) -> Dict[str, Dict[str, Any]]:
     for name, row in _read_json(queue_file(places)).items():
         row = dict_of(row)
         job = parse_job(row)
-        state = row.get("state")
-        if job is None or job.name != name or state not in UNFINISHED + _ENDED:
+        if job is None or job.name != name:
             continue
-        jobs[name] = {**job._asdict(), "state": state}
+        if row.get("state") not in UNFINISHED + _ENDED:
+            continue
+        known = {"state": row["state"]}
         for key, kind in _QUEUE_VALUES.items():
             # A bool is an int, too.
             if type(row.get(key)) is kind:
-                jobs[name][key] = row[key]
+                known[key] = row[key]
+        jobs[name] = {**job._asdict(), **known}
     return jobs
 
 
 def download_worker(places: Places) -> Optional[Record]:
     """The project's living worker."""
     record = read_record(places.in_state("download.pid"))
-    return record if owned_process(record, places.project) else None
+    if not owned_process(record, places.project):
+        return None
+    return record
 
 
 def download_rows(places: Places) -> List[Dict[str, Any]]:
     """The downloads as `status` shows them; one whose worker was killed is "interrupted"."""
     worker = download_worker(places)
-    cache = hub_cache_dir(os.environ)
+    cache = hub_cache_dir(places.env)
     rows = []
     for job in read_queue(places).values():
         state = job["state"]
         if worker is None and state in UNFINISHED:
             state = "interrupted"
-        # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
-        part = os.path.basename(job.get("part", "")) + ".incomplete"
-        path = os.path.join(repo_dir(cache, job["repo"]), "blobs", part)
-        have = job.get("bytes") or job.get("before", 0) + file_size(path)
+        have = job.get("bytes", 0)
+        if not have:
+            # The hub's library keeps what it has of a file so; a queue may not lead elsewhere.
+            part = os.path.basename(job.get("part", ""))
+            folder = repo_dir(cache, job["repo"])
+            path = os.path.join(folder, "blobs", f"{part}.incomplete")
+            have = job.get("before", 0) + file_size(path)
         rows.append({
             "tier": job["tier"],
             "label": job["label"],
@@ -16648,7 +17812,7 @@ def download_rows(places: Places) -> List[Dict[str, Any]]:
 # SHELL
 # ==================================================================================================
 # The shell of `start` and the hooks. Both hand a project's files to opencode, which does what they
-# say, so both ask first whether the project is trusted; what asks a person stands here, too.
+# say, so both ask first whether the project is trusted.
 
 HOOK_FILES = {
     "bash": ".bash_llmstack_hook",
@@ -16658,36 +17822,9 @@ HOOK_FILES = {
 }
 
 
-def untrusted_line(places: Places) -> str:
-    return (f"llmstack: .llmstack of {visible(places.work)} is not trusted here; look at it,"
-            " then run `llmstack trust`")
-
-
-def check_run_trust(places: Places) -> None:
-    """Before anything that .llmstack/ names is run or spoken to. Errors: UserError."""
-    if is_trusted(places, "run"):
-        return
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        new = untrusted(places, "run", part_effects(places, "run"))
-    if not new:
-        return
-    for effect in new:
-        if effect.problem:
-            # Of a models.ini this says more.
-            load_config(places)
-            path = visible(places.in_state(effect.name))
-            raise UserError(f"{path} {visible(effect.problem)}",
-                            "it cannot be trusted so: mend it, or move it away")
-    what = visible(", ".join(effect.name for effect in new))
-    raise UserError(f".llmstack of {visible(places.work)} is not trusted here as it is now:"
-                    f" programs, addresses or other files are named by {what}",
-                    "look at it, then run `llmstack trust`; an edit of your own needs that, too")
-
-
 def _is_hooked(state: str) -> bool:
     """True for the .llmstack/ of a project as the shell hooks see it."""
-    files = (os.path.join(state, name) for name in ("default-channel", "opencode.json"))
+    files = [os.path.join(state, name) for name in ("default-channel", "opencode.json")]
     return any(map(os.path.isfile, files))
 
 
@@ -16700,10 +17837,13 @@ def _shells_project(env: Mapping[str, str]) -> str:
     """The real path of the project that the shell stands in, "" for none. Errors: OSError."""
     # $PWD has the shell's spelling: a link in it may lead out of a project.
     here = env.get("PWD", "")
-    if not os.path.isabs(here) or not os.path.samefile(here, "."):
+    is_ours = os.path.isabs(here) and os.path.samefile(here, ".")
+    if not is_ours:
         here = os.getcwd()
     project = project_above(here)
-    return os.path.realpath(project) if project else ""
+    if not project:
+        return ""
+    return os.path.realpath(project)
 
 
 def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
@@ -16713,8 +17853,9 @@ def _restore_variable(env: MutableMapping[str, str], name: str) -> None:
     if new is None or env.get(name) != new:
         return
     del env[name]
-    was_set = env.get(f"_llmstack_had_{name}", "x") == "x"
-    if old is not None and was_set:
+    # A variable of the shell's own was no program's to see.
+    kind = env.get(f"_llmstack_had_{name}", "x")
+    if old is not None and kind == "x":
         env[name] = old
 
 
@@ -16725,7 +17866,10 @@ def leave_stale_project(env: MutableMapping[str, str]) -> None:
     are the first's.
     """
     _, _, project = hook_parts(env)
-    if not project or env.get("LLMSTACK_WORK_DIR") != project or env.get("LLMSTACK_ACTIVE"):
+    # The shell of `start` stays in its project, wherever it goes.
+    if not project or env.get("LLMSTACK_ACTIVE"):
+        return
+    if env.get("LLMSTACK_WORK_DIR") != project:
         return
     try:
         here = _shells_project(env)
@@ -16748,10 +17892,11 @@ def shell_values(places: Places, marker: Marker) -> Dict[str, str]:
     config = places.in_state("opencode.json")
     if os.path.isfile(config):
         values["OPENCODE_CONFIG"] = config
+    channel = marker.channel
     values["LLMSTACK_WORK_DIR"] = places.work
-    values["LLMSTACK_CHANNEL"] = marker.channel
+    values["LLMSTACK_CHANNEL"] = channel
     values["LLMSTACK_ROOT"] = os.path.dirname(PROGRAM)
-    if marker.channel == "external":
+    if channel == "external":
         values["LLMSTACK_REMOTE_URL"] = marker.url
     return values
 
@@ -16760,26 +17905,33 @@ def _can_paint(env: Mapping[str, str]) -> bool:
     """Whether a prompt may have a colour of the 256."""
     if env.get("NO_COLOR"):
         return False
-    return bool(env.get("COLORTERM") or "256color" in env.get("TERM", "") or IS_WINDOWS)
+    if IS_WINDOWS or env.get("COLORTERM"):
+        return True
+    return "256color" in env.get("TERM", "")
 
 
-def _shell_prefix(shell: str, places: Places, marker: Marker, env: Mapping[str, str]) -> str:
+def _shell_prefix(shell: str, places: Places, marker: Marker) -> str:
     project = os.path.basename(places.work)
-    return prompt_prefix(shell, marker.channel, project, marker.url, _can_paint(env))
+    colour = _can_paint(places.env)
+    return prompt_prefix(shell, marker.channel, project, marker.url, colour)
 
 
 def hook_text(shell: str, data: str) -> str:
     """The hook of a shell as it is sourced here. Errors: UserError where it is missing."""
-    parts = [read_shared_text(f"hooks/{name}") for name in HOOK_SOURCES[shell]]
+    text = ""
+    for name in HOOK_SOURCES[shell]:
+        text += read_shared_text(f"hooks/{name}")
+    # An embedded Python may not know its own program.
     python = sys.executable or find_program("python3")
-    return render_hook(shell, "".join(parts), python, PROGRAM, trust_file(data))
+    return render_hook(shell, text, python, PROGRAM, trust_file(data))
 
 
 def write_hook(shell: str, data: str) -> str:
     """Write the shell's hook file where it is not as it should be; its path. Errors: UserError."""
     path = os.path.expanduser(f"~/{HOOK_FILES[shell]}")
-    raw = os.fsencode(hook_text(shell, data))
-    write_where_other(path, raw)
+    text = hook_text(shell, data)
+    # In it stand paths, whose bytes need be no text.
+    write_where_other(path, os.fsencode(text))
     return path
 
 
@@ -16791,29 +17943,30 @@ def _touch_trust(data: str) -> None:
         pass
 
 
-def hook_answer(places: Places, shell: str, env: Mapping[str, str], tell: Say) -> str:
+def hook_answer(places: Places, shell: str, tell: Say) -> str:
     """What the hook of a shell that has come into a project is to evaluate, "" for nothing.
 
     `tell` gets the reason.
     """
-    files = [places.in_state(name) for name in _HOOK_FILES]
+    effects = part_effects(places, "hook")
     # The project may have gone since the shell looked.
-    if not any(map(os.path.lexists, files)):
+    if not effects:
         return ""
-    if not is_trusted(places, "hook"):
+    if untrusted(places, "hook", effects):
         tell(untrusted_line(places))
         return ""
     pin = places.in_state("default-channel")
-    marker = read_marker(places)
-    if marker is None and os.path.exists(pin):
+    if os.path.exists(pin) and read_marker(places) is None:
         tell(f"llmstack: {visible(pin)} names no channel; run `llmstack install`")
         return ""
     _touch_trust(places.data)
-    marker = marker or Marker("current")
-    level, of_shell, _ = hook_parts(env)
+    marker = pinned_marker(places)
+    values = shell_values(places, marker)
+    prefix = _shell_prefix(shell, places, marker)
+    # The shell's part stays, and the project's is this one from now on.
+    level, of_shell, _ = hook_parts(places.env)
     hook = f"{level}:{of_shell}:{places.work}"
-    prefix = _shell_prefix(shell, places, marker, env)
-    return render_hook_answer(shell, shell_values(places, marker), env, prefix, hook)
+    return render_hook_answer(shell, values, places.env, prefix, hook)
 
 
 def shell_program(env: Mapping[str, str]) -> str:
@@ -16824,9 +17977,13 @@ def shell_program(env: Mapping[str, str]) -> str:
     named = env.get("LLMSTACK_SHELL")
     if named:
         return find_program(named) or named
-    if IS_WINDOWS:
-        return find_program("pwsh") or find_program("powershell") or env.get("COMSPEC", "cmd.exe")
-    return env.get("SHELL") or "/bin/sh"
+    if not IS_WINDOWS:
+        return env.get("SHELL") or "/bin/sh"
+    for name in ("pwsh", "powershell"):
+        found = find_program(name)
+        if found:
+            return found
+    return env.get("COMSPEC", "cmd.exe")
 
 
 def _write_zdotdir(directory: str, text: str) -> None:
@@ -16854,19 +18011,21 @@ def _shell_command(program: str, places: Places, marker: Marker, env: Dict[str, 
     except UserError as exc:
         sys.stderr.write(f"llmstack: {exc}, so the prompt does not show the project; {exc.hint}\n")
         return [program]
-    prefix = _shell_prefix(shell, places, marker, env)
+    prefix = _shell_prefix(shell, places, marker)
     text = render_shell_start(shell, hook, values, prefix, env.get("ZDOTDIR"))
     if shell == "bash":
         path = places.in_state("llmstack.bashrc")
         write_atomic(path, os.fsencode(text))
         return [program, "--rcfile", path, "-i"]
     if shell == "zsh":
-        env["ZDOTDIR"] = places.in_state("zdotdir")
-        _write_zdotdir(env["ZDOTDIR"], text)
+        path = places.in_state("zdotdir")
+        _write_zdotdir(path, text)
+        env["ZDOTDIR"] = path
         return [program, "-i"]
     if shell == "fish":
         return [program, "-i", "-C", text]
     import base64
+    # PowerShell's own way to be given a text: no quote of it can end a word.
     encoded = base64.b64encode(text.encode("utf-16-le")).decode()
     return [program, "-NoLogo", "-NoExit", "-EncodedCommand", encoded]
 
@@ -16888,7 +18047,7 @@ def _become(command: List[str], env: Mapping[str, str]) -> int:
     return subprocess.call(command, env=env)
 
 
-def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
+def open_shell(places: Places, marker: Marker) -> int:
     """Become a shell in which opencode finds the project; does not return but on Windows.
 
     The process is replaced rather than waited for: job control, signals and the exit code are the
@@ -16896,14 +18055,16 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
     """
     # The hooks and the daemon spell the directory so.
     work = os.path.realpath(places.work)
-    places = places._replace(work=work, state=os.path.join(work, ".llmstack"))
-    values = {**shell_values(places, marker), "LLMSTACK_ACTIVE": "1"}
-    inside = dict(values)
-    for name, value in env.items():
+    places = places_at(places.data, work, places.env)
+    values = shell_values(places, marker)
+    values["LLMSTACK_ACTIVE"] = "1"
+    inside = {}
+    for name, value in places.env.items():
         # What a hook has noted for itself is of the shell around this one.
         if not name.startswith(("_llmstack_", "LLMSTACK_HOOK")):
-            inside.setdefault(name, value)
-    program = shell_program(env)
+            inside[name] = value
+    inside.update(values)
+    program = shell_program(places.env)
     command = _shell_command(program, places, marker, inside, values)
     sys.stdout.flush()
     try:
@@ -16915,7 +18076,7 @@ def open_shell(places: Places, env: Mapping[str, str], marker: Marker) -> int:
 
 def _shown_marker(places: Places) -> Marker:
     """The channel that a running shell is to show: what runs, else what the project pins."""
-    pinned = read_marker(places) or Marker("current")
+    pinned = pinned_marker(places)
     active = read_marker(places, "active-channel") or pinned
     # An address in active-channel is nothing that was trusted.
     if "external" in (active.channel, pinned.channel):
@@ -16923,148 +18084,32 @@ def _shown_marker(places: Places) -> Marker:
     return active
 
 
-def shell_lines(places: Places, shell: str, env: Mapping[str, str]) -> str:
+def shell_lines(places: Places, shell: str) -> str:
     """What a running shell is to evaluate so that it has the project as it is now.
 
     "" where that is not trusted. A shell with the hook is told to look again; the shell of `start`,
     or one without either, gets the variables.
     """
+    env = places.env
     inside = bool(env.get("LLMSTACK_ACTIVE"))
     if hooked_shell(env) and not inside:
-        return render_assignment(shell, "_llmstack_key", "?", False) + "\n"
+        return render_own_variable(shell, "key", "?") + "\n"
     if not is_trusted(places, "hook"):
         return ""
     marker = _shown_marker(places)
-    values = shell_values(places, marker)
-    lines = []
-    for name in SHELL_VARIABLES:
-        if name in values or (inside and name in env):
-            lines.append(render_assignment(shell, name, values.get(name)))
+    values: Dict[str, Optional[str]] = {**shell_values(places, marker)}
     if inside:
-        prefix = _shell_prefix(shell, places, marker, env)
-        lines.append(render_assignment(shell, "_llmstack_prefix", prefix, False))
+        # The shell of `start` has nothing of before to go back to.
+        for name in SHELL_VARIABLES:
+            if name in env:
+                values.setdefault(name, None)
+    lines = []
+    for name, value in values.items():
+        lines.append(render_assignment(shell, name, value))
+    if inside:
+        prefix = _shell_prefix(shell, places, marker)
+        lines.append(render_own_variable(shell, "prefix", prefix))
     return "\n".join(lines) + "\n"
-
-
-# What of an opencode.json says neither where prompts go, nor what is run, nor what the model is
-# told; * is any name. All else is shown: a key nobody has thought of (an npm package, a plugin, a
-# hook) is what a clone would use.
-_HARMLESS = tuple(tuple(path.split()) for path in (
-    "$schema",
-    "autoupdate",
-    "disabled_providers",
-    "provider * name",
-    "provider * options headerTimeout",
-    "provider * options chunkTimeout",
-    "provider * models * name",
-    "provider * models * limit",
-    "provider * models * cost",
-    "provider * models * reasoning",
-    "provider * models * tool_call",
-    "provider * models * temperature",
-    "agent * description",
-    "agent * mode",
-    "agent * temperature",
-    "command * description",
-    "command * agent",
-))
-
-
-def _is_harmless(path: Sequence[str], value: Any) -> bool:
-    """True for a value of an opencode.json that can do no harm, as what is denied cannot."""
-    if value in ("deny", "disabled"):
-        return True
-    for known in _HARMLESS:
-        # All that lies below a harmless key is harmless, too.
-        if len(path) < len(known):
-            continue
-        if all(word in ("*", key) for word, key in zip(known, path)):
-            return True
-    return False
-
-
-def _harmful_values(value: Any, path: Tuple[str, ...]) -> Iterator[Tuple[str, str]]:
-    """(path, text) of each value of an opencode.json that may do harm."""
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _harmful_values(inner, (*path, str(key)))
-    elif not _is_harmless(path, value):
-        text = value if isinstance(value, str) else json.dumps(value)
-        yield ".".join(("opencode.json", *path)), text
-
-
-SHOWN_LINES = 100                              # of litellm_config.yaml, before it is trusted
-
-
-def _config_rows(text: str) -> List[Tuple[str, str]]:
-    """Of litellm_config.yaml: imports, hosts that get a key. Anything but a comment may matter."""
-    name = "litellm_config.yaml"
-    lines = [line for line in text.splitlines() if re.match(r"\s*[^\s#]", line)]
-    rows = [(name, line) for line in lines[:SHOWN_LINES]]
-    more = len(lines) - len(rows)
-    if more:
-        rows.append((name, f"and {more} more lines"))
-    return rows
-
-
-def _effect_rows(effect: Effect) -> List[Tuple[str, str]]:
-    """(what it is, its value) of what a thing to be trusted would do."""
-    name = effect.name
-    if effect.problem or effect.shown:
-        return [(name, effect.problem or effect.shown)]
-    text = effect.data.decode("utf-8", "replace")
-    if name == "litellm_config.yaml":
-        return _config_rows(text)
-    if name == "default-channel":
-        return [(name, text.strip())]
-    if name != "opencode.json":
-        return [(name, f"{len(text.splitlines())} lines")]
-    try:
-        return list(_harmful_values(json.loads(text), ()))
-    except (ValueError, RecursionError):
-        return [(name, "is not plain JSON; read it yourself")]
-
-
-def trust_facts(places: Places, effects: Iterable[Effect]) -> List[str]:
-    """The lines that show what is to be trusted, fit to print."""
-    rows = [("project", places.work)]
-    for effect in effects:
-        rows += _effect_rows(effect)
-    shown = [(visible(name, 80), visible(value)) for name, value in rows]
-    width = max(len(name) for name, _ in shown)
-    return [f"{name:<{width}}  {value}" for name, value in shown]
-
-
-def trust_effects(places: Places, effects: Mapping[str, Sequence[Effect]]) -> None:
-    """Trust just these, part by part. Errors: UserError."""
-    with trust_lock(places):
-        for part, shown in effects.items():
-            record_effects(places, part, shown)
-
-
-def offer_trust(places: Places, say: Say, ask: Callable[[str], Optional[bool]]) -> None:
-    """Show a person what is new or changed since it was trusted, and ask; yes trusts just that.
-
-    `ask` answers None where nobody is there; it shows nothing then, and nothing is trusted.
-    Errors: UserError.
-    """
-    if all(is_trusted(places, part) for part in _PARTS):
-        return
-    new: List[Effect] = []
-    # Another start may be writing litellm_config.yaml in this moment.
-    with trust_lock(places):
-        effects = project_effects(places)
-        for part, of_part in effects.items():
-            new += untrusted(places, part, of_part)
-    # Where no more than problems is new, check_run_trust says what they are.
-    if all(effect.problem for effect in new):
-        return
-    facts = "\n".join(trust_facts(places, new))
-    if ask(f"New or changed since it was trusted here:\n{facts}\nTrust this? [y/N] "):
-        trust_effects(places, effects)
-        say("Trusted as it is now.")
 
 
 # ==================================================================================================
@@ -17094,9 +18139,7 @@ STATE_COLOURS = {
 
 
 def value_in(row: Any, key: str) -> Any:
-    if not isinstance(row, dict):
-        return None
-    return row.get(key)
+    return dict_of(row).get(key)
 
 
 def text_in(row: Any, key: str) -> str:
@@ -17108,16 +18151,17 @@ def text_in(row: Any, key: str) -> str:
 
 def number_in(row: Any, key: str) -> float:
     value = value_in(row, key)
+    # JSON as Python reads it knows NaN and Infinity, too.
     if isinstance(value, (int, float)) and 0 <= value < 1e15:
         return float(value)
     return 0.0
 
 
 def dicts_in(row: Mapping[str, Any], key: str) -> List[Dict[str, Any]]:
-    value = row.get(key)
-    if not isinstance(value, list):
+    values = row.get(key)
+    if not isinstance(values, list):
         return []
-    return [v for v in value if isinstance(v, dict)]
+    return [value for value in values if isinstance(value, dict)]
 
 
 def rate_words(per_s: float) -> str:
@@ -17131,33 +18175,39 @@ def rate_words(per_s: float) -> str:
 
 def context_words(tokens: float) -> str:
     """128k for 131,072 tokens, 200k for 200,000."""
-    tokens = int(tokens)
+    # Local models are made for powers of two, hosts count in thousands.
     if tokens % 1024 == 0:
-        return f"{tokens // 1024}k"
+        return f"{tokens / 1024:.0f}k"
     if tokens >= 1000:
         return f"{tokens / 1000:.0f}k"
-    return str(tokens)
+    return f"{tokens:.0f}"
+
+
+def _since_words(then_s: float, now_s: float) -> str:
+    """How long ago something was; another machine's clock may be ahead of ours."""
+    return span_words(max(now_s - then_s, 0))
 
 
 def _occupation(name: str, now: Mapping[str, Any], now_s: float) -> List[str]:
     """`2 answering`, `1 waiting, 14 s`: what a tier's requests do."""
     stages, waiting_since = [], []
     for request in dicts_in(now, "requests"):
-        stage = text_in(request, "stage")
         if text_in(request, "tier") != name:
             continue
+        stage = text_in(request, "stage")
         if stage.startswith(("writing", "reading")):
             stages.append(stage)
         else:
             waiting_since.append(number_in(request, "began"))
     words = []
+    # Of a single request it is known how much of its prompt is read.
     if len(stages) == 1 and "%" in stages[0]:
-        words.append(stages[0])
+        words += stages
     elif stages:
         words.append(f"{len(stages)} answering")
     if waiting_since:
-        longest_s = max(now_s - min(waiting_since), 0)
-        words.append(f"{len(waiting_since)} waiting, {span_words(longest_s)}")
+        longest = _since_words(min(waiting_since), now_s)
+        words.append(f"{len(waiting_since)} waiting, {longest}")
     return words
 
 
@@ -17175,16 +18225,19 @@ class TierLine(NamedTuple):
 
 def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> TierLine:
     """A tier of a snapshot, or of stack_status where there is none."""
-    name, state, note = text_in(row, "name"), text_in(row, "state"), text_in(row, "reason")
-    since_s, share = number_in(row, "since"), number_in(row, "share")
-    ago = span_words(max(now_s - since_s, 0))
+    name = text_in(row, "name")
+    state = text_in(row, "state")
+    note = text_in(row, "reason")
+    since_s = number_in(row, "since")
+    share = number_in(row, "share")
+    ago = _since_words(since_s, now_s)
     if state == "failed to load" and since_s:
         note = f"{ago} ago: {note}"
-    words = _occupation(name, now, now_s)
     if state == "loading" and share:
         state += percent_words(share)
     elif state == "loading" and since_s:
         state += f" {ago}"
+    words = _occupation(name, now, now_s)
     if note:
         words.append(note)
     return TierLine(
@@ -17199,7 +18252,14 @@ def tier_line(row: Mapping[str, Any], now: Mapping[str, Any], now_s: float) -> T
 
 
 # What a narrow terminal does without, the first first, and what must fit beside it: a short note.
-_LEFT_OUT = (("role", 22), ("model", 0), ("speed", 0), ("context", 0), ("memory", 0), ("size", 0))
+_LEFT_OUT = (
+    ("role", 22),
+    ("model", 0),
+    ("speed", 0),
+    ("context", 0),
+    ("memory", 0),
+    ("size", 0),
+)
 _RIGHT = ("context", "memory", "speed", "size")
 _GAP = "  "
 
@@ -17222,11 +18282,23 @@ def wrapped_lines(text: str, width: int, indent: str) -> List[str]:
 def _column_widths(rows: Sequence[Any]) -> Dict[str, int]:
     """Column -> how wide it is, its gap with it, of those that say something."""
     widths = {}
+    # The last field is the note.
     for name in rows[0]._fields[:-1]:
         most = max(len(getattr(row, name)) for row in rows)
         if most:
             widths[name] = most + len(_GAP)
     return widths
+
+
+def _cell(text: str, column: str, width: int, colour: Colour) -> str:
+    """A text as wide as its column, whose gap is not part of that."""
+    # A colour takes no room, so the padding is measured before.
+    padding = " " * (width - len(_GAP) - len(text))
+    if column == "state":
+        text = colour(text, _state_colour(text))
+    if column in _RIGHT:
+        return padding + text
+    return text + padding
 
 
 def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
@@ -17246,16 +18318,14 @@ def render_table(rows: Sequence[Any], width: int, colour: Colour) -> List[str]:
         cells = []
         for column, columns in wide.items():
             text = getattr(row, column)
-            padding = " " * (columns - len(_GAP) - len(text))
-            if column == "state":
-                text = colour(text, _state_colour(text))
-            cells.append(padding + text if column in _RIGHT else text + padding)
-        if row.note and len(row.note) <= room:
-            cells.append(row.note)
-            shown.append(_GAP.join(cells))
-            continue
-        shown.append(_GAP.join(cells).rstrip())
-        shown += wrapped_lines("    " + row.note, width, "    ")
+            cells.append(_cell(text, column, columns, colour))
+        note = row.note
+        if note and len(note) <= room:
+            cells.append(note)
+            note = ""
+        line = _GAP.join(cells)
+        shown.append(line.rstrip())
+        shown += wrapped_lines("    " + note, width, "    ")
     return shown
 
 
@@ -17264,27 +18334,32 @@ def _last_words(row: Mapping[str, Any], now_s: float) -> str:
     target = text_in(row, "tier")
     if text_in(row, "rung") != "explicit":
         target = f"auto \u2192 {target}"
+    # What the model has counted, else what the router has estimated.
     tokens = number_in(row, "truth") or number_in(row, "tokens")
     read = f"{tokens:,.0f} tokens"
-    cached, ended = number_in(row, "cached"), text_in(row, "ended")
+    cached = number_in(row, "cached")
     if cached:
         read += f" ({cached:,.0f} cached)"
     words = [target, read]
+    ended = text_in(row, "ended")
     if ended != "done":
         words.append(ended)
-    ago_s = max(now_s - number_in(row, "time"), 0)
-    words += [f"{number_in(row, 'total_s'):.1f} s", f"{span_words(ago_s)} ago"]
+    took_s = number_in(row, "total_s")
+    words.append(f"{took_s:.1f} s")
+    ago = _since_words(number_in(row, "time"), now_s)
+    words.append(f"{ago} ago")
     return "last  " + ", ".join(words)
 
 
 def _stack_facts(now: Mapping[str, Any]) -> List[str]:
     """What there is to say of the whole stack."""
-    about, memory = now.get("about"), now.get("memory")
+    about = now.get("about")
+    memory = now.get("memory")
     facts = []
-    budget = number_in(memory, "budget")
-    if budget:
-        taken = number_in(memory, "resident")
-        facts.append(f"memory {taken / 1e9:.1f} of {budget / 1e9:.1f} GB")
+    budget_gb = number_in(memory, "budget") / 1e9
+    if budget_gb:
+        taken_gb = number_in(memory, "resident") / 1e9
+        facts.append(f"memory {taken_gb:.1f} of {budget_gb:.1f} GB")
     pressure = text_in(memory, "pressure")
     if pressure:
         facts.append(f"{pressure}: idle models are unloaded")
@@ -17302,29 +18377,36 @@ def download_lines(now: Mapping[str, Any], width: int) -> List[str]:
         state = text_in(row, "state")
         if state == "done":
             continue
-        have, size = int(number_in(row, "bytes")), int(number_in(row, "total_bytes"))
-        how = text_in(row, "error") or progress_words(have, size, 0)
-        name = f"{text_in(row, 'tier')}-{text_in(row, 'label')}"
-        lines += wrapped_lines(f"Download {name}: {state}, {how}", width, "  ")
+        how = text_in(row, "error")
+        if not how:
+            size = number_in(row, "total_bytes")
+            how = progress_words(number_in(row, "bytes"), size, 0)
+        tier = text_in(row, "tier")
+        label = text_in(row, "label")
+        line = f"Download {tier}-{label}: {state}, {how}"
+        lines += wrapped_lines(line, width, "  ")
     return lines
 
 
 def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
                     colour: Colour) -> List[str]:
     """What runs, in lines of at most `width` columns where words allow it."""
-    up, facts = f"up  {url}/v1", _stack_facts(now)
-    painted = colour("up", "32") + up[len("up"):]
-    lines = ["    ".join([painted, *facts])]
-    if len("    ".join([up, *facts])) > width:
-        lines = [painted]
+    up = f"up  {url}/v1"
+    facts = _stack_facts(now)
+    lines = ["    ".join([up, *facts])]
+    if len(lines[0]) > width:
+        lines = [up]
         for fact in facts:
             lines += wrapped_lines(fact, width, "  ")
+    # Last, for a colour has a length and takes no room.
+    lines[0] = lines[0].replace("up", colour("up", _GREEN), 1)
     tiers = [tier_line(row, now, now_s) for row in dicts_in(now, "tiers")]
     lines += render_table(tiers, width, colour)
     lines += download_lines(now, width)
     decisions = dicts_in(now, "decisions")
     if decisions:
-        lines += wrapped_lines(_last_words(decisions[-1], now_s), width, "      ")
+        last = _last_words(decisions[-1], now_s)
+        lines += wrapped_lines(last, width, "      ")
     return lines
 
 
@@ -17336,20 +18418,16 @@ def render_snapshot(now: Mapping[str, Any], url: str, width: int, now_s: float,
 # there is to say goes to the logs.
 
 
-class Unserved:
-    """Says of a later configuration which tiers the engine does not serve, and why."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
-
-    def __call__(self, config: Config) -> Dict[str, str]:
-        places = self._plan.places
-        found = unserved_hosted(places, config, places.env)
-        for tier in config.tiers:
-            if tier.backend != "openai" and tier.name not in self._known:
-                found[tier.name] = "the engine does not know it before `llmstack restart`"
-        return found
+def unserved_tiers(plan: Plan, config: Config) -> Dict[str, str]:
+    """Tiers of a later configuration that the engine does not serve -> why."""
+    places = plan.places
+    found = unserved_hosted(places, config, places.env)
+    # The engine has nothing to do with tiers of another host.
+    known = {tier.name for tier in plan.config.tiers if tier.backend != "openai"}
+    for tier in config.tiers:
+        if tier.backend != "openai" and tier.name not in known:
+            found[tier.name] = "the engine does not know it before `llmstack restart`"
+    return found
 
 
 def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
@@ -17357,7 +18435,8 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
     places = plan.places
     record: Optional[Recorder] = None
     if plan.config.decision_log:
-        record = Recorder(places.log("decisions.jsonl"))
+        path = places.log("decisions.jsonl")
+        record = Recorder(path)
     remedy = "run `llmstack start`"
     if places.is_demo:
         remedy = "run `llmstack start --demo`"
@@ -17366,7 +18445,9 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         # The demo's model lies elsewhere by design.
         if not places.is_demo:
             check_run_trust(places)
-        config = load_config(places, log.warning).on_channel(plan.channel)
+        config = load_config(places, log.warning)
+        # A new file does not change what runs: that takes a restart.
+        config = config.on_channel(plan.channel)
         return true_config(config, places, log.warning)
 
     setting = Setting(
@@ -17374,21 +18455,23 @@ def router_app(plan: Plan, behind: Behind, log: Log) -> RouterApp:
         key=api_key(places.env),
         models_ini=places.models_ini,
         reload=reload,
-        unserved=Unserved(plan),
+        unserved=functools.partial(unserved_tiers, plan),
         remedy=remedy,
         env=places.env,
         record=record,
         foreign_logs=(places.log("llama-swap.log"),),
     )
     app = RouterApp(plan.config, behind, log, setting)
-    app.events.sources.append(lambda: {"downloads": download_rows(places)})
+    # The page shows downloads; the router itself knows nothing of them.
+    sources = app.events.sources
+    sources.append(lambda: {"downloads": download_rows(places)})
     return app
 
 
-def listen(host: str, port: int, app: App) -> Any:
+def listen(host: str, port: int, app: App) -> Server:
     """A listening server. Errors: UserError, who has the port."""
     try:
-        return make_server(host, port, app)
+        return Server(host, port, app)
     except OSError as exc:
         # Who holds the port helps more than the number of the error.
         holder = exc.strerror
@@ -17402,8 +18485,12 @@ class _Terminated(BaseException):
     """SIGTERM, on its way to the main thread's server loop."""
 
 
-def _on_signals(hangup: Callable[[], None],
-                shutdown: Callable[[], None] = lambda: None) -> None:
+def _nothing() -> None:
+    """What a signal sets off where there is nothing to do."""
+
+
+def _on_signals(hangup: Callable[[], None] = _nothing,
+                shutdown: Callable[[], None] = _nothing) -> None:
     """TERM ends the server loop; HUP ends nothing.
 
     A terminal that closes takes no daemon with it.
@@ -17421,12 +18508,12 @@ def _on_signals(hangup: Callable[[], None],
         signal.signal(signal.SIGHUP, lambda *_: hangup())
 
 
-def run_until_signal(server: Any, app: RouterApp) -> None:
+def run_until_signal(server: Server, app: RouterApp) -> None:
     """Serve until a signal says to stop."""
     _on_signals(app.ask_reload, server.shutdown)
     # Once a second the loop also does the housekeeping of its application.
     try:
-        server.serve_forever(1.0)
+        server.serve_forever()
     finally:
         app.log.flush()
         server.server_close()
@@ -17444,7 +18531,9 @@ def _ignore_signals() -> None:
 
 def _without_our_key(env: Mapping[str, str]) -> Dict[str, str]:
     """An environment for programs that do not ask the router."""
-    return {name: value for name, value in env.items() if name != "LLMSTACK_API_KEY"}
+    others = dict(env)
+    others.pop("LLMSTACK_API_KEY", None)
+    return others
 
 
 class ServerCommands:
@@ -17452,8 +18541,11 @@ class ServerCommands:
 
     def __init__(self, places: Places, config: Config, log: Log, drafts: Drafts,
                  parks: bool) -> None:
-        self._data, self._config, self._log = places.data, config, log
-        self._drafts, self._parks = drafts, parks
+        self._places = places
+        self._config = config
+        self._log = log
+        self._drafts = drafts
+        self._parks = parks
         self._refused: Dict[Tuple[str, ...], FrozenSet[str]] = {}
         self._probing = threading.Lock()
 
@@ -17463,20 +18555,26 @@ class ServerCommands:
         Errors: UserError.
         """
         with self._probing:
-            if server not in self._refused:
-                refused = probe_flags(server, self._config, self._data)
+            refused = self._refused.get(server)
+            if refused is None:
+                refused = probe_flags(server, self._config, self._places.data)
                 self._refused[server] = refused
                 for said in refused_settings(self._config, refused):
                     self._log.warning(said)
-            return self._refused[server]
+            return refused
 
     def __call__(self, tier: Tier, port: int) -> List[str]:
         """Errors: UserError."""
-        config, data = self._config, self._data
-        server = find_llama_server(tier_config(config, tier), os.environ, data)
+        config = self._config
+        env = self._places.env
+        data = self._places.data
+        # A tier may name a llama-server of its own.
+        own = tier_config(config, tier)
+        server = find_llama_server(own, env, data)
         refused = self._refused_by(server)
-        identity = probe_identity(tier, config, os.environ, data)
-        ready = self._drafts.choose(tier, ready_tier(tier, os.environ), identity)
+        identity = probe_identity(tier, config, env, data)
+        ready = ready_tier(tier, env)
+        ready = self._drafts.choose(tier, ready, identity)
         words = server_command(server, ready, config, port, refused)
         if self._parks and "--slot-save-path" not in refused:
             words += parking_flags(data)
@@ -17485,41 +18583,69 @@ class ServerCommands:
 
 def _embedded_app(places: Places, config: Config, log: Log, drafts: Drafts) -> EngineApp:
     """The embedded engine. Errors: UserError."""
-    program = find_llama_server(config, os.environ, places.data)
+    env = places.env
+    data = places.data
+    program = find_llama_server(config, env, data)
     machine = this_machine(config)
-    fits = measure_tiers(config, machine, os.environ)
+    fits = measure_tiers(config, machine, env)
     config = with_caches(config, fits, machine)
-    parking = open_parking(places.data, config, log)
+    parking = open_parking(data, config, log)
     parks = parking is not None and parking.parks
     command = ServerCommands(places, config, log, drafts, parks)
 
     def log_path(name: str) -> str:
         return places.log(f"{name}.log")
 
+    budget = f"{machine.budget_gb:.1f} GB ({machine.source})"
     server = " ".join(program) or "no"
-    log.info(f"memory budget {machine.budget_gb:.1f} GB ({machine.source}), {server} server")
+    log.info(f"memory budget {budget}, {server} server")
     plan = EnginePlan(
-        env=_without_our_key(os.environ),
+        env=_without_our_key(env),
         budget_gb=machine.budget_gb,
         fits=fits,
-        proxy=plan_proxy(places, config, os.environ),
+        proxy=plan_proxy(places, config, env),
         parking=parking,
         budgets_gb=machine.budgets_gb,
     )
     engine = Engine(config, command, log, log_path, plan)
-    return EngineApp(engine, log, MemoryWatch(machine))
+    watch = MemoryWatch(machine)
+    return EngineApp(engine, log, watch)
+
+
+def _swap_bays(data: str, config: Config, env: Mapping[str, str], log: Log) -> Optional[SwapBays]:
+    """The parking of llama-swap's models; None where there can be none. Errors: UserError."""
+    program = find_llama_server(config, env, data)
+    parking = open_parking(data, config, log)
+    if parking is None or not program:
+        return None
+    server = Binary(program, probe_flags(program, config, data))
+    if not _can_park(config, server):
+        return None
+
+    def identify(tier: Tier) -> str:
+        own = tier_config(config, tier)
+        program = find_llama_server(own, env, data)
+        ready = _ready_for_swap(tier, env)
+        refused = probe_flags(program, config, data)
+        # A port makes no difference to what is parked.
+        words = server_command(program, ready, config, 0, refused)
+        weights = weights_for(tier)
+        return parking_identity(words, cached_model(weights, env), env)
+
+    return SwapBays(parking, local_tiers(config), identify, log)
 
 
 def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapApp:
     """llama-swap behind our listener, its configuration written anew. Errors: UserError."""
-    data = places.data
-    env = _without_our_key(os.environ)
+    env = _without_our_key(places.env)
     proxy = plan_proxy(places, config, env)
     if proxy:
+        # llama-swap hands its own environment down to LiteLLM.
         env = litellm_env(env)
-    env["LLAMA_API_KEY"] = os.urandom(16).hex()     # llama-swap's key and that of its servers
+    # llama-swap's key, and that of its servers.
+    env["LLAMA_API_KEY"] = os.urandom(16).hex()
+    data = places.data
     path = places.in_state("llama-swap.yaml")
-    server = find_llama_server(config, env, data)
     write_swap_yaml(places, config, proxy, path, drafts)
     program = find_llama_swap(env, data)
 
@@ -17528,48 +18654,39 @@ def _swap_app(places: Places, config: Config, log: Log, drafts: Drafts) -> SwapA
 
     for said in refused_notes(config, env, data):
         log.warning(said)
-    parking = open_parking(data, config, log)
-    bays = None
-    refused = probe_flags(server, config, data) if server else frozenset()
-
-    def identify(tier: Tier) -> str:
-        own = find_llama_server(tier_config(config, tier), env, data)
-        ready = _ready_for_swap(tier, env)
-        words = server_command(own, ready, config, 0, probe_flags(own, config, data))
-        return parking_identity(words, cached_model(weights_for(tier), env), env)
-
-    if parking is not None and parking.parks and server and "--slot-save-path" not in refused:
-        bays = SwapBays(parking, local_tiers(config), identify, log)
-    return SwapApp(config, command, env, log, places.log("llama-swap.log"), bays)
-
-
-def _engine_app(plan: Plan, log: Log, drafts: Drafts) -> Union[EngineApp, SwapApp]:
-    """What is behind the router. Errors: UserError."""
-    if plan.kind == "llama-swap":
-        return _swap_app(plan.places, plan.config, log, drafts)
-    return _embedded_app(plan.places, plan.config, log, drafts)
+    bays = _swap_bays(data, config, env, log)
+    output = places.log("llama-swap.log")
+    return SwapApp(config, command, env, log, output, bays)
 
 
 def _serve_plan(plan: Plan, log: Log, engine_log: Log) -> None:
     """Listen for clients and for the engine's own, until a signal says to stop."""
-    drafts = Drafts(plan.places.data, engine_log)
-    behind = _engine_app(plan, engine_log, drafts)
+    places = plan.places
+    config = plan.config
+    drafts = Drafts(places.data, engine_log)
+    make_engine: Callable[..., Behind] = _embedded_app
+    if plan.kind == "llama-swap":
+        make_engine = _swap_app
+    behind = make_engine(places, config, engine_log, drafts)
     app = router_app(plan, behind, log)
-    app.events.hearers.append(drafts.hear)
-    app.events.sources.append(lambda: {"drafting": drafts.said()})
+    events = app.events
+    events.hearers.append(drafts.hear)
+    events.sources.append(lambda: {"drafting": drafts.said()})
     try:
         # From here on there are children to end.
-        _on_signals(lambda: None)
-        engine_server = listen("127.0.0.1", plan.config.engine_port, behind)
+        _on_signals()
+        engine_server = listen("127.0.0.1", config.engine_port, behind)
         server = listen(plan.host, plan.port, app)
-        behind.page_url = base_url(plan.host, server.server_port) + "/"
+        # Where any port will do, it is known only now.
+        page = base_url(plan.host, server.server_port)
+        behind.page_url = f"{page}/"
         behind.start()
-        threading.Thread(target=engine_server.serve_forever, args=(1.0,), name="engine",
-                         daemon=True).start()
+        in_background("engine", engine_server.serve_forever)
         log.info(f"llmstack {VERSION} on {plan.url}, engine {plan.kind}")
         run_until_signal(server, app)
     finally:
         _ignore_signals()
+        # Here the models are parked and end; it may take as long as the slowest.
         behind.close()
 
 
@@ -17611,14 +18728,13 @@ def chosen_channel(places: Places, config: Config, asked: str = "", running: str
     if asked == "current":
         return "current"
     if asked == "next" or use_next.strip().lower() in _TRUE:
-        check_queued(config, profile_of(decode_models_ini(*_models_ini_bytes(places))))
+        text = decode_models_ini(*_models_ini_bytes(places))
+        check_queued(config, profile_of(text))
         return "next"
-    marker = read_marker(places)
-    if not running and marker:
-        running = marker.channel
-    if running != "next":
+    channel = running or pinned_marker(places).channel
+    if channel != "next":
         return "current"
-    if not any(t.has_next for t in config.tiers):
+    if not any(tier.has_next for tier in config.tiers):
         warn("no tier has a queued upgrade any more; running the current channel")
         return "current"
     return "next"
@@ -17637,20 +18753,23 @@ def _plan_start(args: Any, places: Places, config: Config) -> Plan:
 
     Errors: UserError.
     """
-    host, port, channel = config.host, config.router_port, ""
+    host, port = config.host, config.router_port
+    running = ""
     record = running_record(places)
     if record is not None:
-        host, port, channel = record.host, record.port, record.channel
-    host, port = args.host or host, args.port or port
+        host, port = record.host, record.port
+        running = record.channel
+    host = args.host or host
     # Port 0 is any free one; what runs has found its own already.
     if args.port == 0 and record is None:
         port = free_port(host)
+    port = args.port or port
     # Before anything is started: others could reach it from its first second.
     check_exposure(host, config, places.env)
     _warn_of_missing(config)
     kind = choose_engine(config, places.env, places.data)
-    config = config.on_channel(chosen_channel(places, config, args.channel, channel))
-    return Plan(places, config, host, port, kind)
+    channel = chosen_channel(places, config, args.channel, running)
+    return Plan(places, config.on_channel(channel), host, port, kind)
 
 
 def port_number(text: str) -> int:
@@ -17681,7 +18800,7 @@ def _enter_shell(args: Any, places: Places, marker: Marker) -> int:
     if marker.channel == "external":
         stays = ""
     say(f"This is a shell for {places.work}; `exit` leaves it{stays}.")
-    return open_shell(places, env, marker)
+    return open_shell(places, marker)
 
 
 def _start_external(args: Any, places: Places) -> int:
@@ -17692,6 +18811,9 @@ def _start_external(args: Any, places: Places) -> int:
                         "`llmstack install --current` makes the project local", 2)
     connect_external(places, args.insecure, say)
     return _enter_shell(args, places, Marker("external", pinned_url(places)))
+
+
+# ---- the commands in extras/
 
 
 def extra_names() -> List[str]:
@@ -17707,8 +18829,8 @@ def extra_names() -> List[str]:
     except OSError:
         # A copy of this file alone has none.
         pass
-    found = (re.match(r"extras/([a-z_]+)\.py\Z", file) for file in files)
-    return sorted(match.group(1).replace("_", "-") for match in found if match)
+    names = re.findall(r"(?m)^extras/([a-z_]+)\.py$", "\n".join(files))
+    return sorted(name.replace("_", "-") for name in names)
 
 
 def unknown_word(word: str, known: Iterable[str]) -> str:
@@ -17796,10 +18918,12 @@ def run_extra(name: str, argv: Sequence[str]) -> int:
     return int(result)
 
 
-def _warn_unserved(places: Places, config: Config,
-                   ask: Callable[[str], Optional[bool]] = _never_ask) -> None:
+# ---- start and stop
+
+
+def _warn_unserved(places: Places, config: Config, ask: Ask = _never_ask) -> None:
     """Prepare what hosted tiers need, and say why they are not served where they are not."""
-    why = prepare_hosted(places, config, places.env, say, ask)
+    why = prepare_hosted(places, config, say, ask)
     if why:
         warn(f"hosted tiers are not served: {why}")
 
@@ -17811,10 +18935,11 @@ def _bring_up(args: Any, again: bool) -> int:
     """
     places = _places(args)
     profile = getattr(args, "profile", "")      # `restart` has none
+    this_module = sys.modules[__name__]
     demo: Any = None
     if args.demo:
         demo = load_extra("demo")
-        demo.prepare_demo(args, places, sys.modules[__name__])
+        demo.prepare_demo(args, places, this_module)
     else:
         offer_trust(places, say, ask_person)
         if pinned_url(places):
@@ -17828,14 +18953,15 @@ def _bring_up(args: Any, again: bool) -> int:
     if profile or not os.path.exists(places.models_ini):
         # It refuses a profile where models.ini is there: nothing is replaced.
         seed_project(places, say, profile=profile)
-        plan = plan._replace(config=load_config(places).on_channel(plan.channel))
+        config = load_config(places)
+        plan = plan._replace(config=config.on_channel(plan.channel))
     _warn_unserved(places, plan.config)
     started = start_stack(plan, again)
     if not started:
         say(f"Running already: {plan.url}/v1, the {plan.channel} channel")
     if args.demo:
-        return int(demo.show_demo(args, places, plan.url, sys.modules[__name__]))
-    rewire_project(places, plan.config, plan.host, plan.port, places.env, say)
+        return int(demo.show_demo(args, places, plan.url, this_module))
+    rewire_project(places, plan.config, plan.url, say)
     # Whoever restarts knows these two.
     if started and not again:
         say("Stop it with `llmstack stop`; look at it with `llmstack status`.")
@@ -17888,9 +19014,12 @@ def _cmd_stop(args: Any) -> int:
     return 0
 
 
+# ---- status
+
+
 def _status_rows(places: Places, config: Config) -> Dict[str, Any]:
     if pinned_url(places):
-        return {**external_status(places, places.env), "downloads": []}
+        return {**external_status(places), "downloads": []}
     return {**stack_status(places, config), "downloads": download_rows(places)}
 
 
@@ -17906,12 +19035,15 @@ def _status_notes(rows: Mapping[str, Any]) -> List[str]:
     drafting = value_in(rows.get("now"), "drafting")
     for row in rows["tiers"]:
         name = row["name"]
-        if row.get("settings"):
-            notes.append(f"{name}: {visible(row['settings'])}")
-        if row.get("parking"):
-            notes.append(f"Note: {name}: parking {row['parking']}")
-        if text_in(drafting, name):
-            notes.append(f"Note: {name}: {text_in(drafting, name)}")
+        # A thin client's rows have neither of these two.
+        settings, parking = row.get("settings"), row.get("parking")
+        if settings:
+            notes.append(f"{name}: {visible(settings)}")
+        if parking:
+            notes.append(f"Note: {name}: parking {parking}")
+        drafts = text_in(drafting, name)
+        if drafts:
+            notes.append(f"Note: {name}: {drafts}")
     return notes
 
 
@@ -17940,11 +19072,13 @@ _SNAPSHOT_WORDS = {**STATE_WORDS, "unknown": "not running"}
 def _at_rest(row: Dict[str, Any], rows: Mapping[str, Any], places: Places,
              config: Config) -> Dict[str, Any]:
     """A tier's row with its state in the words of a snapshot."""
-    row = {**row, "state": _SNAPSHOT_WORDS.get(row["state"], row["state"])}
+    state = row["state"]
+    row = {**row, "state": _SNAPSHOT_WORDS.get(state, state)}
     tier = config.by_name(row["name"])
     if rows["running"] or tier is None or tier.backend != "gguf":
         return row
-    if not cached_model(weights_for(tier), places.env):
+    weights = weights_for(tier)
+    if not cached_model(weights, places.env):
         row.update(state="not here", reason=fetching_words(tier))
     return row
 
@@ -17960,40 +19094,45 @@ def _idle_line(rows: Mapping[str, Any], places: Places) -> str:
 
 def _status_of_parts(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
     """What there is to say of a stack that is down, ailing or older than this program."""
-    lines = [f"Project  {rows['project']}"]
-    if rows["channel"]:
-        lines[0] += f" ({rows['channel']})"
-    if rows.get("problem"):
-        return [*lines, f"Router   {paint('not reached', '31')}, {rows['problem']}"]
-    lines.append(_part_line("router", rows["router"]))
+    channel, problem = rows["channel"], rows.get("problem")
+    title = f"Project  {rows['project']}"
+    if channel:
+        title += f" ({channel})"
+    if problem:
+        # A thin client whose router is down has no tiers to show.
+        return [title, f"Router   {paint('not reached', '31')}, {problem}"]
+    lines = [title, _part_line("router", rows["router"])]
     # The engine of a thin client is on another machine.
-    if rows["channel"] != "external":
+    if channel != "external":
         lines.append(_part_line("engine", rows["engine"]))
-    tiers = [tier_line(_at_rest(row, rows, places, config), {}, time.time())
-             for row in rows["tiers"]]
-    # A thin client whose router is down has no tiers to show.
+    tiers = []
+    for row in rows["tiers"]:
+        row = _at_rest(row, rows, places, config)
+        tiers.append(tier_line(row, {}, time.time()))
+    columns = output_columns()
     if tiers:
-        lines += ["", *render_table(tiers, output_columns(), paint)]
+        lines += ["", *render_table(tiers, columns, paint)]
     lines += _status_notes(rows)
-    if rows.get("memory_pressure"):
-        lines.append(f"Memory   {paint(rows['memory_pressure'], '33')}: idle models are unloaded,"
+    pressure = rows.get("memory_pressure")
+    if pressure:
+        lines.append(f"Memory   {paint(pressure, '33')}: idle models are unloaded,"
                      " and none takes more")
     if rows.get("local_only"):
         lines.append("local_only: no request leaves this machine")
-    lines += download_lines(rows, output_columns())
+    lines += download_lines(rows, columns)
     if not rows["running"]:
         lines += ["", _idle_line(rows, places)]
     return lines
 
 
 def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[str]:
-    now = rows.get("now") or {}
     # A router of an older version tells no snapshot.
-    if not rows["running"] or not dicts_in(now, "tiers"):
+    told = rows.get("now") or {}
+    if not rows["running"] or not dicts_in(told, "tiers"):
         return _status_of_parts(rows, places, config)
-    now = {**now, "downloads": rows["downloads"]}
+    snapshot = {**told, "downloads": rows["downloads"]}
     url = rows["router"]["url"]
-    lines = render_snapshot(now, url, output_columns(), time.time(), paint)
+    lines = render_snapshot(snapshot, url, output_columns(), time.time(), paint)
     if rows["channel"] == "next":
         lines.insert(1, "next channel")
     return lines + _status_notes(rows)
@@ -18002,7 +19141,10 @@ def _status_lines(rows: Dict[str, Any], places: Places, config: Config) -> List[
 def _cmd_status(args: Any) -> int:
     places = _places(args)
     if args.watch:
-        return run_extra("watch", ["--demo"] if args.demo else [])
+        words = []
+        if args.demo:
+            words = ["--demo"]
+        return run_extra("watch", words)
     broken: Optional[UserError] = None
     config = Config()
     try:
@@ -18013,9 +19155,15 @@ def _cmd_status(args: Any) -> int:
         # What runs is of interest all the more.
         broken = exc
     rows = _status_rows(places, config)
+    lines = _status_lines(rows, places, config)
+    code = 1
+    if rows["running"]:
+        code = 0
     # Its problems come last, where they are read.
-    return show(Result(rows, _status_lines(rows, places, config), int(not rows["running"]),
-                       args.json, problem=broken))
+    return show(Result(rows, lines, code, args.json, problem=broken))
+
+
+# ---- shells, and trust
 
 
 def _shell_in_use(env: Mapping[str, str]) -> str:
@@ -18027,14 +19175,15 @@ def _say_raw(text: str) -> None:
     """Text for a shell: the bytes of a path are what they are."""
     if not text:
         return
+    text = text.rstrip("\n")
     # On a terminal the text is shown, and not evaluated.
     if sys.stdout.isatty():
-        say(text.rstrip("\n"))
+        say(text)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A path may hold bytes that are no text, and the shell needs them as they are.
         sys.stdout.reconfigure(errors="surrogateescape")
-    write_out(text.rstrip("\n") + "\n")
+    write_out(text + "\n")
 
 
 def _cmd_reload(args: Any) -> int:
@@ -18045,7 +19194,7 @@ def _cmd_reload(args: Any) -> int:
         tell = say
     if not args.demo:
         shell = args.shell or _shell_in_use(places.env)
-        _say_raw(shell_lines(places, shell, places.env))
+        _say_raw(shell_lines(places, shell))
         if not is_trusted(places, "hook"):
             tell(untrusted_line(places))
         if pinned_url(places):
@@ -18080,8 +19229,9 @@ def _cmd_hook(shell: str, directory: str) -> int:
 
     It does without argparse, whose import takes longer than all of it.
     """
-    places = places_at(data_dir(os.environ), os.path.realpath(directory))
-    _say_raw(hook_answer(places, shell, places.env, _tell))
+    work = os.path.realpath(directory)
+    places = places_at(data_dir(os.environ), work)
+    _say_raw(hook_answer(places, shell, _tell))
     return 0
 
 
@@ -18096,7 +19246,7 @@ def _cmd_trust(args: Any) -> int:
                         "run `llmstack install` there")
     # Read first: what changes behind the showing is not trusted.
     effects = project_effects(places)
-    every = [effect for part in effects.values() for effect in part]
+    every = list(itertools.chain(*effects.values()))
     for line in trust_facts(places, every):
         say(line)
     trust_effects(places, effects)
@@ -18108,8 +19258,9 @@ def _cmd_trust(args: Any) -> int:
     return 0
 
 
-def _default_remote() -> str:
-    return f"http://{ROUTER_HOST}:{ROUTER_PORT}"
+# ---- install
+
+DEFAULT_REMOTE = f"http://{ROUTER_HOST}:{ROUTER_PORT}"
 
 
 def _external_url(args: Any, places: Places) -> str:
@@ -18119,7 +19270,7 @@ def _external_url(args: Any, places: Places) -> str:
     named = places.env.get("LLMSTACK_REMOTE_URL", "").strip()
     # --external without a URL is the environment's, else the usual address.
     if args.external is not None:
-        return args.external or named or _default_remote()
+        return args.external or named or DEFAULT_REMOTE
     return named or trusted_url(places)
 
 
@@ -18132,15 +19283,16 @@ def _wire(places: Places, marker: Marker, opencode_json: str, config: Config) ->
 
 def _install_external(args: Any, places: Places, url: str) -> int:
     remote = fetch_remote(url, places.env, args.insecure)
-    text = project_opencode_json(places, remote.config, remote.url, places.env, local=False)
+    config, url = remote.config, remote.url
+    text = project_opencode_json(places, config, url, local=False)
     if args.print:
         say(text.rstrip("\n"))
         return 0
     check_state(places)
     leave_daemons(places, remote, say)
-    _wire(places, Marker("external", remote.url), text, remote.config)
-    names = ", ".join(t.name for t in remote.config.tiers)
-    say(f"This project uses the router at {remote.url}: {names}.")
+    _wire(places, Marker("external", url), text, config)
+    names = ", ".join(tier.name for tier in config.tiers)
+    say(f"This project uses the router at {url}: {names}.")
     if args.insecure:
         warn("its certificate was not verified; opencode verifies it, so name it in"
              " NODE_EXTRA_CA_CERTS before you run that")
@@ -18156,14 +19308,13 @@ def _install_local(args: Any, places: Places) -> int:
     config = planned_config(places, warn, args.profile)
     if not args.print:
         _warn_unserved(places, config, ask_person)
-    config = config.on_channel(chosen_channel(places, config, args.channel))
-    config = true_config(config, places, warn)
+    channel = chosen_channel(places, config, args.channel)
+    config = true_config(config.on_channel(channel), places, warn)
     url = base_url(*router_address(places, config))
-    text = project_opencode_json(places, config, url, places.env)
+    text = project_opencode_json(places, config, url)
     if args.print:
         say(text.rstrip("\n"))
         return 0
-    channel = config.channel
     _wire(places, Marker(channel), text, config)
     running = running_channel(places)
     if not running:
@@ -18181,6 +19332,9 @@ def _cmd_install(args: Any) -> int:
     if url:
         return _install_external(args, places, url)
     return _install_local(args, places)
+
+
+# ---- processes behind the commands
 
 
 def _cmd_daemon(args: Any) -> int:
@@ -18214,6 +19368,9 @@ def _cmd_version(args: Any) -> int:
     return 0
 
 
+# ---- the table of commands
+
+
 class Argument(NamedTuple):
     """An option or an argument of a command."""
 
@@ -18221,12 +19378,18 @@ class Argument(NamedTuple):
     settings: Mapping[str, Any]                 # as argparse takes them
 
 
-def _option(names: str, about: str, **settings: Any) -> Argument:
+def _argument(names: str, about: str, **settings: Any) -> Argument:
     return Argument(names, {"help": about, **settings})
 
 
-def _flag(names: str, about: str) -> Argument:
-    return _option(names, about, action="store_true")
+def _switch(names: str, about: str) -> Argument:
+    return _argument(names, about, action="store_true")
+
+
+def _channel(channel: str, about: str) -> Argument:
+    """The option that chooses a channel: none of them leaves "", which stands for neither."""
+    return _argument(f"--{channel}", about, dest="channel", action="store_const", const=channel,
+                     default="")
 
 
 class Command(NamedTuple):
@@ -18239,93 +19402,89 @@ class Command(NamedTuple):
     one_of: Tuple[Argument, ...] = ()           # options that exclude each other
 
 
-_CHANNEL: Dict[str, Any] = {"dest": "channel", "action": "store_const", "default": ""}
-_NEXT = _option("--next", "run the queued upgrades (hf_file_next, model_next)",
-                const="next", **_CHANNEL)
-_CURRENT = _option("--current", "run the current models, whatever LLMSTACK_USE_NEXT says",
-                   const="current", **_CHANNEL)
-_HOST = _option("--host", "address to listen on (models.ini: host)", metavar="H")
-_PORT = _option("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
-                type=port_number)
-_JSON = _flag("--json", "for programs")
-_DEMO = _flag("--demo", "the demo's")
-_PROFILE = _option("--profile", "for a directory without models.ini: the tiers for a machine with"
-                   f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
-                   metavar="NAME", default="")
-_STACK_OPTIONS = (
-    _flag("--detach --no-shell", "daemons only, no shell"),
-    _flag("--demo", "a small model of its own, for a first look on any machine"),
+_NEXT = _channel("next", "run the queued upgrades (hf_file_next, model_next)")
+_DEMO = _switch("--demo", "the demo's")
+_PROFILE = _argument("--profile", "for a directory without models.ini: the tiers for a machine with"
+                     f" this much memory ({', '.join(PROFILES)} GB; default: this machine's)",
+                     metavar="NAME", default="")
+_STACK_ARGUMENTS = (
+    _switch("--detach --no-shell", "daemons only, no shell"),
+    _switch("--demo", "a small model of its own, for a first look on any machine"),
     _NEXT,
-    _CURRENT,
-    _HOST,
-    _PORT,
-    _flag("--insecure", "thin client: do not verify the router's certificate"),
+    _channel("current", "run the current models, whatever LLMSTACK_USE_NEXT says"),
+    _argument("--host", "address to listen on (models.ini: host)", metavar="H"),
+    _argument("--port", "port, 0 for any free one (models.ini: router_port)", metavar="P",
+              type=port_number),
+    _switch("--insecure", "thin client: do not verify the router's certificate"),
 )
 COMMANDS = {
     "install": Command(
         _cmd_install, "give this project its opencode.json",
         "Write .llmstack/opencode.json, AGENTS.md and the channel this project is pinned to;"
         " models.ini where there is none. Without an option the channel stays as it is.",
-        (_flag("--insecure", "do not verify that router's certificate"),
+        (_switch("--insecure", "do not verify that router's certificate"),
          _PROFILE,
-         _flag("-n --print", "print opencode.json and write nothing")),
-        (_option("--current", "pin the current models", const="current", **_CHANNEL),
-         _option("--next", "pin the queued upgrades (hf_file_next, model_next)", const="next",
-                 **_CHANNEL),
-         _option("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
-                 f" {_default_remote()}) instead of one of this project",
-                 metavar="URL", nargs="?", const=""))),
+         _switch("-n --print", "print opencode.json and write nothing")),
+        (_channel("current", "pin the current models"),
+         _channel("next", "pin the queued upgrades (hf_file_next, model_next)"),
+         _argument("--external", "use the router at URL (default: $LLMSTACK_REMOTE_URL, else"
+                   f" {DEFAULT_REMOTE}) instead of one of this project",
+                   metavar="URL", nargs="?", const=""))),
     "start": Command(
         functools.partial(_bring_up, again=False), "bring the stack up: engine and router",
         "Bring up the engine (10102) and the router (10101) for this project. A directory without"
         " .llmstack/ gets one. Running already is fine. On a terminal, where no hook is active"
         " (see activate), a shell follows in which opencode finds the project.",
-        (_PROFILE, *_STACK_OPTIONS)),
+        (_PROFILE, *_STACK_ARGUMENTS)),
     "stop": Command(
         _cmd_stop, "stop this project's daemons",
         "Stop this project's daemons and the model servers they started, and nothing else.",
-        (_flag("--demo", "stop the demo's"),
-         _flag("--forget", "and delete every parked conversation"))),
+        (_switch("--demo", "stop the demo's"),
+         _switch("--forget", "and delete every parked conversation"))),
     "restart": Command(
         functools.partial(_bring_up, again=True), "stop, then start",
         "Stop and start again, on the same address and channel unless told otherwise. Loaded"
         " models are unloaded.",
-        _STACK_OPTIONS),
+        _STACK_ARGUMENTS),
     "status": Command(
         _cmd_status, "what runs, and in what state",
         "Show the daemons and the tiers, probed now. Exit code 0 when the stack is up, 1 when it is"
         " not.",
-        (_JSON, _flag("--watch", "go on showing it, until Ctrl-C"), _DEMO)),
+        (_switch("--json", "for programs"),
+         _switch("--watch", "go on showing it, until Ctrl-C"),
+         _DEMO)),
     "reload": Command(
         _cmd_reload, "let the running router and this shell read the project again",
         "Check models.ini and have the router read it again: routing changes at once, without a"
         " restart. Tiers and flags of models need `llmstack restart`. Printed is what the shell is"
         " to evaluate: eval \"$(llmstack reload)\", in fish llmstack reload | source.",
         (_DEMO,
-         _option("--shell", "whose language to print (default: that of the hook, of"
-                 " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
+         _argument("--shell", "whose language to print (default: that of the hook, of"
+                   " $LLMSTACK_SHELL or of $SHELL)", choices=SHELLS))),
     "activate": Command(
         _cmd_activate, "a hook that wires a shell to the project it is in",
         "Write the hook of a shell to ~/.SHELL_llmstack_hook and print the line that turns it on."
         " In the shell's start-up file: eval \"$(llmstack activate zsh)\".",
-        (_option("shell", "whose hook", choices=SHELLS),)),
+        (_argument("shell", "whose hook", choices=SHELLS),)),
     "trust": Command(
         _cmd_trust, "let a project's .llmstack/ take effect on this machine",
         "Show what a project's .llmstack/ would put into effect, and trust it as it is now. What"
         " `install` writes is trusted already; a changed file is to be trusted again.",
-        (_option("directory", "the project (default: the one we are in)", metavar="DIR",
-                 nargs="?"),)),
+        (_argument("directory", "the project (default: the one we are in)", metavar="DIR",
+                   nargs="?"),)),
     "version": Command(_cmd_version, "print the version"),
     "help": Command(None, "list the commands, or explain one", arguments=(
-        _option("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
+        _argument("topic", "the one to explain", metavar="COMMAND", nargs="?", default=""),)),
     "_daemon": Command(_cmd_daemon, arguments=(
         _NEXT,
-        _option("--host", "", required=True),
-        _option("--port", "", type=port_number, required=True),
-        _option("--engine", "", required=True))),
+        _argument("--host", "", required=True),
+        _argument("--port", "", type=port_number, required=True),
+        _argument("--engine", "", required=True))),
     "_download": Command(_cmd_download_worker),
 }
 
+
+# ---- reading a command line
 
 # What else a command is called -> its name.
 OTHER_NAMES = {
@@ -18347,10 +19506,13 @@ def render_examples(prog: str) -> str:
         lines = read_shared_text("examples.txt").splitlines()
     except UserError:
         return ""
-    mine = [f"  {line}\n" for line in lines if line.startswith(prog + " ")]
-    if not mine:
+    text = ""
+    for line in lines:
+        if line.startswith(f"{prog} "):
+            text += f"  {line}\n"
+    if not text:
         return ""
-    return "\nexamples:\n" + "".join(mine)
+    return "\nexamples:\n" + text
 
 
 def new_parser(prog: str, description: str, **options: Any) -> Any:
@@ -18389,29 +19551,26 @@ def command_parser(name: str) -> Any:
     parser = new_parser("llmstack " + name, command.description)
     if command.one_of:
         group = parser.add_mutually_exclusive_group()
-        for option in command.one_of:
-            group.add_argument(*option.names.split(), **option.settings)
-    for option in command.arguments:
-        parser.add_argument(*option.names.split(), **option.settings)
+        for argument in command.one_of:
+            group.add_argument(*argument.names.split(), **argument.settings)
+    for argument in command.arguments:
+        parser.add_argument(*argument.names.split(), **argument.settings)
     parser.set_defaults(run=command.run)
     return parser
-
-
-def extra_summary(name: str) -> str:
-    """The first line of an extra's docstring, "" where the extra is not here."""
-    try:
-        text = read_resource(extra_file(name)).decode("utf-8")
-    except UserError:
-        return ""
-    line = text.partition("\n")[0].strip('".')
-    return line[:1].lower() + line[1:]
 
 
 def _summary(name: str) -> str:
     """What `help` says of a command, "" where it is not here."""
     if name in COMMANDS:
         return COMMANDS[name].about
-    return extra_summary(name)
+    try:
+        text = read_resource(extra_file(name)).decode("utf-8")
+    except UserError:
+        return ""
+    # The first line of its docstring, as a phrase.
+    line, _, _ = text.partition("\n")
+    line = line.strip('".')
+    return line[:1].lower() + line[1:]
 
 
 def render_help() -> str:
@@ -18419,11 +19578,13 @@ def render_help() -> str:
     lines = ["usage: llmstack COMMAND ...", "",
              "A multi-tier local LLM stack behind one OpenAI-compatible address."]
     for heading, names in command_groups():
-        summaries = {name: _summary(name) for name in names}
-        here = [name for name in names if summaries[name]]
-        if here:
-            lines += ["", heading]
-        lines += [f"  {name:<18}  {summaries[name]}" for name in here]
+        rows = []
+        for name in names:
+            about = _summary(name)
+            if about:
+                rows.append(f"  {name:<18}  {about}")
+        if rows:
+            lines += ["", heading, *rows]
     lines += ["", "`llmstack help COMMAND` explains one. Settings stand in .llmstack/models.ini.",
               "Exit codes: 0 done, 1 failed, 2 usage or configuration, 130 interrupted."]
     return "\n".join(lines)
@@ -18479,8 +19640,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except UserError as exc:
         sys.stdout.flush()
         # A models.ini has all its problems shown at once.
-        problems = exc.problems if isinstance(exc, ConfigError) else (str(exc),)
-        for problem in problems:
+        for problem in exc.problems:
             _tell(f"llmstack: error: {problem}")
         if exc.hint:
             _tell(f"hint: {exc.hint}")
@@ -18495,8 +19655,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         # `llmstack status | head` closes its output and wants no message.
-        if exc.message:
-            _tell(f"llmstack: error: {exc.message}\nhint: redirect the output elsewhere")
+        if exc.args:
+            _tell(f"llmstack: error: {exc}\nhint: redirect the output elsewhere")
         return 1
 
 

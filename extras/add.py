@@ -349,7 +349,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     if not args.no_download:
         fetch(places, choice.tier.name, llmstack)
     verb = "restart"
-    if not llmstack.stack_is_alive(places):     # which may have the memory that a trial takes
+    if not llmstack.running_record(places):     # which may have the memory that a trial takes
         verb = "start"
         if not args.no_download:
             prove(places, choice.tier.name, llmstack)

@@ -147,7 +147,7 @@ def write_ini(places: Any, data: bytes, llmstack: Any) -> None:
     if trusted:
         llmstack.trust_project(places, "run")
     llmstack.say(f"Wrote {path}")
-    if llmstack.stack_is_alive(places):
+    if llmstack.running_record(places):
         llmstack.say("It takes effect with `llmstack restart`; [ROUTING] with `llmstack reload`.")
 
 

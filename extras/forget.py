@@ -18,7 +18,7 @@ def main(argv: Sequence[str], llmstack: Any) -> int:
     llmstack.extra_parser("forget", __doc__).parse_args(list(argv))
     places = llmstack.find_places(os.environ)
     llmstack.say_forgotten(places)
-    if llmstack.stack_is_alive(places):
+    if llmstack.running_record(places):
         llmstack.say("Loaded models keep theirs until they stop:"
                      " `llmstack stop --forget` ends both.")
     return 0

@@ -20,7 +20,7 @@ def opencode_json(llmstack: Any, url: str, config: Any) -> str:
     """What `install` would write for opencode."""
     places = llmstack.find_places(os.environ)
     local = not llmstack.pinned_url(places)
-    return str(llmstack.project_opencode_json(places, config, url, os.environ, local))
+    return str(llmstack.project_opencode_json(places, config, url, local))
 
 
 def client_command(llmstack: Any, name: str, words: Sequence[str]

@@ -279,9 +279,9 @@ def setup_project(setup: Setup, llmstack: Any) -> str:
     places = setup.places
     llmstack.seed_project(places, setup.say)
     config = llmstack.load_config(places)
-    llmstack.prepare_hosted(places, config, setup.env, setup.say, setup.ask)
+    llmstack.prepare_hosted(places, config, setup.say, setup.ask)
     url = llmstack.base_url(*llmstack.router_address(places, config))
-    text = llmstack.project_opencode_json(places, config, url, setup.env)
+    text = llmstack.project_opencode_json(places, config, url)
     marker = llmstack.read_marker(places) or llmstack.Marker("current")
     is_trusted = llmstack.is_trusted(places, "run")
     if not llmstack.wire_project(places, marker, text, setup.say, is_trusted):

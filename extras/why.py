@@ -94,16 +94,42 @@ def why_body(words: Sequence[str], path: str, llmstack: Any) -> Dict[str, Any]:
     return {"model": "auto", "messages": [{"role": "user", "content": " ".join(words)}]}
 
 
+def tiers_not_asked(places: Any, config: Any,
+                    llmstack: Any) -> Tuple[Dict[str, str], Dict[str, str]]:
+    """(tiers left alone for now, those that cannot answer), each with the reason.
+
+    The running router's word, which has keys and failures of its own; without one, what is missing
+    here.
+    """
+    states: Dict[str, Any] = {}
+    try:
+        upstream, _ = llmstack.running_router(places)
+        states = llmstack.asked_json(upstream, "/llmstack/state")
+    except llmstack.UserError:                  # none runs
+        pass
+    if not states:
+        return {}, {**llmstack.missing_credentials(config, os.environ),
+                    **llmstack.unserved_hosted(places, config, os.environ)}
+    down: Dict[str, str] = {}
+    barred: Dict[str, str] = {}
+    for name, row in states.items():
+        state = row.get("state") if isinstance(row, dict) else "available"
+        if state == "available":
+            continue
+        kind = down if state in ("failing", "offline") else barred
+        kind[name] = llmstack.visible(str(row.get("reason")))
+    return down, barred
+
+
 def why_decision(body: Dict[str, Any], places: Any, config: Any, path: str, llmstack: Any) -> Any:
     """The decision for a body, as the router would make it. Errors: UserError."""
-    barred = {**llmstack.missing_credentials(config, os.environ),
-              **llmstack.unserved_hosted(places, config, os.environ)}
+    down, barred = tiers_not_asked(places, config, llmstack)
     try:
         texts: List[str] = []
         facts = llmstack.read_facts(path, body, config.routing.ultra_triggers, texts)
         if not llmstack.held_by_all(facts, config):
             facts = facts._replace(classes=llmstack.class_tokens(texts))
-        return llmstack.decide(facts, config, barred=barred)
+        return llmstack.decide(facts, config, down, barred)
     except llmstack.HttpError as exc:
         hint = f"give a tier one of these roles in {places.models_ini}"
         raise llmstack.UserError(str(exc), hint, 1) from None

@@ -95,7 +95,7 @@ def test_a_llama_swap_that_tells_nonsense_tells_nothing(peer: Any, tmp_path: Pat
                                                         told: Any) -> None:
     swap = Swap(tmp_path, upstream_of(peer({"/running": told})))
     assert llmstack.running_states(swap.app.upstream) is None
-    assert llmstack.swap_ports(swap.app.upstream) == {}
+    assert llmstack.ready_port(swap.app.upstream, "code-fast") == 0
     assert swap.app.watched() == {}
     lease = swap.app.lease("other")
     assert lease.ready(), "it is no tier: llama-swap says so itself"
@@ -138,7 +138,7 @@ def test_what_llama_swap_has_loaded_is_told_in_our_words(peer: Any, tmp_path: Pa
     ready = {"running": [{"model": "code-fast", "state": "ready"}]}
     up = upstream_of(peer({"/running": ready}))
     assert llmstack.SwapLease(up, "code-fast").stage() == ""
-    assert llmstack.swap_ports(up) == {"code-fast": 0}, "it says no address"
+    assert llmstack.ready_port(up, "code-fast") == 0, "it says no address"
 
 
 def test_a_path_that_llama_swap_cannot_route_names_its_model(tmp_path: Path,
@@ -383,7 +383,7 @@ def test_a_tier_that_the_engine_was_started_without_is_not_served() -> None:
     direct = "[direct]\nrole = agent\nbase_url = http://127.0.0.1:1/v1\nmodel = m\n"
     more = TIER.replace("code-fast", "new").replace("role = fast", "role = plan")
     config = llmstack.parse_models_ini(TIER + more + direct)[0]
-    told = llmstack.Unserved(plan)(config)
+    told = llmstack.unserved_tiers(plan, config)
     assert told == {"new": "the engine does not know it before `llmstack restart`"}
 
 

@@ -186,7 +186,7 @@ class Stage:
                                       llmstack.EnginePlan(os.environ, budget_gb, first_port))
         self.engine._is_here = lambda model: True       # type: ignore[method-assign]  # nothing is downloaded
         self.app = llmstack.EngineApp(self.engine, log)
-        self.server = llmstack.make_server("127.0.0.1", 0, self.app)
+        self.server = llmstack.Server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
         self.calls: List[Call] = []
@@ -1423,10 +1423,10 @@ def test_stop_stack_members_stops_these_and_nobody_else(python: Spawn) -> None:
     mark = os.urandom(8).hex()
     members = [python(env={"LLMSTACK_STACK": mark}) for _ in range(2)]
     other = python(env={"LLMSTACK_STACK": mark + "0"})
-    assert llmstack.stop_stack_members(mark) == 2
+    assert llmstack.stop_members(llmstack.stack_members(mark)) == 2
     assert [m.wait() for m in members] == [-signal.SIGTERM] * 2
     assert llmstack.process_started(other.pid)
-    assert llmstack.stop_stack_members(mark) == 0
+    assert llmstack.stop_members(llmstack.stack_members(mark)) == 0
 
 
 def test_port_holder_names_who_listens(python: Spawn) -> None:

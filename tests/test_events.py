@@ -118,7 +118,7 @@ def test_a_request_shows_with_its_stage_and_goes(start: Start) -> None:
         client.close()
         heard.until("requests", lambda rows: rows == [])
         assert SECRET.encode() not in heard.raw
-    while 'tier="code-fast",rung="",outcome="left"} 1\n' not in rig.ask(request("GET", "/metrics")).body.decode():
+    while 'tier="code-fast",rung="explicit",outcome="left"} 1\n' not in rig.ask(request("GET", "/metrics")).body.decode():
         time.sleep(0.001)
 
 

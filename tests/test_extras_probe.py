@@ -270,10 +270,10 @@ def test_a_signal_leaves_no_server(
 
 
 def test_old_measurements_give_way(places: llmstack.Places) -> None:
-    for number in range(llmstack.MAX_PROBES + 3):
+    for number in range(llmstack.MAX_LEARNED + 3):
         PROBE.keep_probe(places.data, str(number), {"tier": "a"}, llmstack)
     kept = json.loads(Path(llmstack.probes_file(places.data)).read_text())
-    assert list(kept) == [str(n) for n in range(3, llmstack.MAX_PROBES + 3)]
+    assert list(kept) == [str(n) for n in range(3, llmstack.MAX_LEARNED + 3)]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": 3}'])

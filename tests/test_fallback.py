@@ -56,7 +56,7 @@ class Routed:
         self.log = HeardLog()
         self.app = llmstack.RouterApp(stage.config, stage.app, self.log,
                                       llmstack.Setting(**settings))
-        self.server = llmstack.make_server("127.0.0.1", 0, self.app)
+        self.server = llmstack.Server("127.0.0.1", 0, self.app)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
         self.thread.start()
         self.calls: List[Call] = []
@@ -108,6 +108,8 @@ def test_what_a_loaded_server_holds_is_what_counts(routed: Routed) -> None:
     assert routed.call().chat("code-smart").answer()[0] == 200
     wait_for(lambda: routed.app.config.by_name("code-smart").ctx_size == 2048,  # type: ignore[union-attr]
              "the router has taken note")
+    listed = routed.call().send("GET", "/v1/models").answer()[1]["data"]
+    assert {entry["id"]: entry["context_length"] for entry in listed}["code-smart"] == 2_048
     call = routed.call().chat("auto", "word " * 2_000)
     assert call.status() == 200
     assert call.headers["x-llmstack-model"] == "code-fast"
@@ -238,6 +240,11 @@ FIRST_ERRORS = {
     "OpenAI's": b'data: {"error":{"message":"overloaded","type":"server_error"}}\n\n',
     "with a code": b'data: {"error":{"code":503,"message":"loading"}}\n\n',
     "Anthropic's": b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error","message":"o"}}\n\n',
+    "vLLM's": b'data: {"object":"error","message":"o","type":"InternalServerError","code":500}\n\n',
+    "with choices": b'data: {"id":"g","choices":[{"delta":{},"finish_reason":"error"}],'
+                    b'"error":{"code":502,"message":"Provider disconnected"}}\n\n',
+    "of responses": b'event: response.failed\ndata: {"type":"response.failed","response":'
+                    b'{"status":"failed","error":{"code":"server_error","message":"o"}}}\n\n',
     "behind a comment": b': ping\n\ndata: {"error":{"message":"overloaded"}}\n\n',
 }
 
@@ -294,8 +301,22 @@ TOO_LONG = {
     "Anthropic": ('{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too'
                   ' long: 215,342 tokens > 200000 maximum"}}', 215_342),
     "vLLM": ('{"message":"This model\'s maximum context length is 4096 tokens. However, you requested'
-             ' 5012 tokens (4500 in the messages, 512 in the completion)."}', 5_012),
+             ' 5012 tokens (4500 in the messages, 512 in the completion)."}', 4_500),
+    "vLLM, the prompt alone": ('{"error":{"message":"The decoder prompt (length 12324) is longer than the'
+                               ' maximum model length of 8192."}}', 12_324),
+    "vLLM, by now": ("This model's maximum context length is 4096 tokens. However, you requested 1000 output"
+                     ' tokens and your prompt contains at least 4500 input tokens.', 4_500),
     "SGLang": ("The input (8211 tokens) is longer than the model's context length (8192 tokens).", 8_211),
+    "SGLang, with room": ("Requested token count exceeds the model's maximum context length of 32768 tokens."
+                          " You requested a total of 35528 tokens: 27336 tokens from the input messages"
+                          " and 8192 tokens for the completion.", 27_336),
+    "SGLang, in its queue": ("Input length (5012 tokens) exceeds the maximum allowed length (4096 tokens).",
+                             5_012),
+    "Anthropic, with room": ('{"type":"error","error":{"message":"input length and `max_tokens` exceed'
+                             ' context limit: 188240 + 21333 > 200000, decrease"}}', 188_240),
+    "xAI": ("This model's maximum prompt length is 131072 but the request contains 131500 tokens.", 131_500),
+    "Gemini": ("The input token count (1200000) exceeds the maximum number of tokens allowed (1048576).",
+               1_200_000),
     "LiteLLM": ('{"error":{"message":"litellm.ContextWindowExceededError: AnthropicError - prompt is too'
                 ' long: 204001 tokens > 200000 maximum"}}', 204_001),
     "without a number": ('{"error":{"code":"context_length_exceeded"}}', 1),
@@ -325,6 +346,14 @@ def test_a_context_error_stays_here_while_another_tier_holds_the_request(start: 
     assert (got.status, asked(rig)) == (200, ["code-ultra", "code-fast"]), "code-smart holds 65,536"
     assert got.header("x-llmstack-fallback") == "code-ultra\u2192code-fast (400)"
     assert rig.app._breaker.down() == {}, "it is nobody's fault"
+
+
+def test_room_for_the_answer_is_no_part_of_what_a_refusal_teaches(start: Start) -> None:  # noqa: F811
+    text = ("This model's maximum context length is 24000 tokens. However, you requested 64500 tokens"
+            " (4500 in the messages, 60000 in the completion).")
+    rig = start(by_model(code_ultra=answer(text.encode(), "400 Bad Request")))
+    got = rig.ask(chat(max_tokens=60_000))
+    assert (got.status, asked(rig)) == (200, ["code-ultra", "code-smart"]), "code-smart holds 4,500"
 
 
 def test_a_context_error_is_passed_on_where_no_tier_holds_the_request(start: Start) -> None:  # noqa: F811

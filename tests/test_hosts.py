@@ -59,7 +59,7 @@ class Rig:
             reload=lambda: self.config)
         behind = llmstack.UpstreamApp(llmstack.Upstream("127.0.0.1", self.engine.port), self.log)
         self.app = llmstack.RouterApp(self.config, behind, self.log, setting)
-        self._server = llmstack.make_server("127.0.0.1", 0, self.app)
+        self._server = llmstack.Server("127.0.0.1", 0, self.app)
         self.port: int = self._server.server_port
         self._clients: list[Client] = []
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.002,), daemon=True)

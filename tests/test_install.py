@@ -627,7 +627,7 @@ def test_a_models_ini_that_the_user_has_stays(capsys: pytest.CaptureFixture[str]
 
 def test_whence_the_url_comes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with ScriptedUpstream(always(MODELS_INI)) as one, ScriptedUpstream(always(MODELS_INI)) as two:
-        monkeypatch.setattr(llmstack, "ROUTER_PORT", one.port)
+        monkeypatch.setattr(llmstack, "DEFAULT_REMOTE", f"http://127.0.0.1:{one.port}")
         assert llmstack.main(["install", "--external"]) == 0
         assert served() == f"http://127.0.0.1:{one.port}/v1", "the default"
         monkeypatch.setenv("LLMSTACK_REMOTE_URL", f"http://127.0.0.1:{two.port}")

@@ -148,7 +148,7 @@ def test_the_file_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(llmstack, "find_litellm", lambda env, data: HERE)
     known = llmstack.read_litellm_file(places, {})
     assert known is not None
-    assert known.entries == {"a": llmstack.LitellmEntry("x/y", has_key=True)}
+    assert known.entries == {"a": llmstack.LitellmEntry("x/y", [], has_key=True)}
     cache = Path(places.data, "litellm.json")
     assert "a-literal-key" not in cache.read_text()
     if os.name != "nt":
@@ -447,7 +447,8 @@ def test_a_hosted_tier_without_litellm_is_said_and_auto_goes_around_it() -> None
     config = Config(tiers=(hosted(), Tier("code-smart", role="agent", path="x")))
     assert llmstack.unserved_hosted(places, config, {}) == {"code-ultra": llmstack.INSTALL_LITELLM}
     asked: list[str] = []
-    why = llmstack.prepare_hosted(places, config, {}, llmstack.say, lambda question: bool(asked.append(question)))
+    why = llmstack.prepare_hosted(places._replace(env={}), config, llmstack.say,
+                                  lambda question: bool(asked.append(question)))
     assert why == llmstack.INSTALL_LITELLM
     assert asked[0].startswith("Hosted tiers need LiteLLM's proxy")
     assert Path(".llmstack/litellm_config.yaml").exists(), "the entries do not depend on it"

@@ -313,7 +313,7 @@ def test_each_header_is_read_once(project: Any, monkeypatch: pytest.MonkeyPatch)
     assert len(read) == 2
 
 
-@pytest.mark.parametrize("record", ["", "[]", '{"X": 5}', '{"X": ["1:1", "many"]}', '{"X": ["S", -4]}', "\x00"])
+@pytest.mark.parametrize("record", ["", "[]", '{"X": 5}', '{"X": ["1:1", 4096]}', '{"X": {"stamp": 5}}', "\x00"])
 def test_a_broken_record_is_written_anew(project: Any, record: str) -> None:
     places = project()
     path = llmstack.load_config(places).tiers[0].path
@@ -333,7 +333,7 @@ def test_every_command_says_the_same_context(project: Any, capsys: pytest.Captur
     limits = [m["limit"]["context"] for p in printed["provider"].values() for m in p["models"].values()]
     assert set(limits) == {8192}
     places = llmstack.find_places(os.environ)       # as `start` writes it
-    text = llmstack.project_opencode_json(places, llmstack.load_config(places), "http://127.0.0.1:1", {})
+    text = llmstack.project_opencode_json(places, llmstack.load_config(places), "http://127.0.0.1:1")
     assert '"context": 32768' not in text
     body = tmp_path / "body.json"
     body.write_text(json.dumps({"model": "auto", "messages": [{"role": "user", "content": "x" * 80_000}]}))

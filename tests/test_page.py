@@ -204,7 +204,7 @@ def test_the_engine_s_ui_is_the_router_s_page() -> None:
                              llmstack.EnginePlan({}, 1.0))
     app = llmstack.EngineApp(engine, llmstack.Log("", "error"))
     app.page_url = "http://127.0.0.1:10101/"
-    server = llmstack.make_server("127.0.0.1", 0, app)
+    server = llmstack.Server("127.0.0.1", 0, app)
     import threading
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

@@ -75,7 +75,7 @@ def test_a_copied_directory_does_not_own_the_originals_daemons(start: Start, tmp
     assert llmstack.read_record(pid_file(copy)) is None
     assert not llmstack.owned_process(record, str(copy))
     assert llmstack.stop_recorded(record, str(copy), 1) == 0
-    assert llmstack.stop_project_members(str(copy)) == 0
+    assert llmstack.stop_members(llmstack.project_members(str(copy))) == 0
     assert child.poll() is None
     assert llmstack.read_record(pid_file(original)) == record
     assert record.project == str(original)
@@ -217,11 +217,10 @@ def test_what_was_started_for_a_project_is_found_without_a_record(start: Start, 
     for child in (*orphans, download, *others):
         line_of(child)
     assert set(llmstack.project_members(str(one))) == {child.pid for child in orphans}
-    assert set(llmstack.project_members(str(one), "download")) == {download.pid}
-    assert llmstack.stop_project_members(str(one)) == 2
+    assert llmstack.stop_members(llmstack.project_members(str(one))) == 2
     assert [child.wait() for child in orphans] == [-signal.SIGTERM] * 2
     assert all(child.poll() is None for child in (download, *others))
-    assert llmstack.stop_project_members(str(one)) == 0
+    assert llmstack.stop_members(llmstack.project_members(str(one))) == 0
 
 
 PS = {

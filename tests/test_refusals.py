@@ -339,7 +339,7 @@ def test_a_number_that_another_process_has_got_is_not_signalled(monkeypatch: Pat
     monkeypatch.setattr(llmstack, "_all_pids", lambda: [4711])
     monkeypatch.setattr(llmstack, "process_environment", lambda pid: next(environments))
     monkeypatch.setattr(llmstack, "stop_process", lambda *_: pytest.fail("it is a stranger's"))
-    assert llmstack.stop_stack_members(mark) == 0
+    assert llmstack.stop_members(llmstack.stack_members(mark)) == 0
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")

@@ -102,7 +102,7 @@ class Rig:
         behind = llmstack.Upstream("127.0.0.1", upstream_port or self.upstream.port, prefix, tls is not None)
         self.app = llmstack.RouterApp(CONFIG, llmstack.UpstreamApp(behind, self.log), self.log,
                                       llmstack.Setting(**settings))
-        self._server = llmstack.make_server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
+        self._server = llmstack.Server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
         self.port: int = self._server.server_port
         self._clients: list[Client] = []
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.002,), daemon=True)

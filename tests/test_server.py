@@ -69,7 +69,7 @@ class Rig:
     def __init__(self, most: int = 512, head_timeout_s: float = 30.0, every_s: float = 0.002) -> None:
         self._others = set(threading.enumerate())
         self.app = TestApp()
-        self.server = llmstack.make_server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
+        self.server = llmstack.Server("127.0.0.1", 0, self.app, most=most, head_timeout_s=head_timeout_s)
         self._thread = threading.Thread(target=self.server.serve_forever, args=(every_s,), daemon=True)
         self._thread.start()
         self._clients: list[Wire] = []

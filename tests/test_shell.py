@@ -1064,6 +1064,7 @@ def test_ctrl_c_in_a_shell_on_windows_is_the_shells_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(subprocess, "call", call)
     before = signal.getsignal(signal.SIGINT)
     try:
-        assert llmstack.open_shell(places_of(Path.cwd()), {"LLMSTACK_SHELL": "pwsh"}, llmstack.Marker("current")) == 7
+        assert llmstack.open_shell(places_of(Path.cwd())._replace(env={"LLMSTACK_SHELL": "pwsh"}),
+                                   llmstack.Marker("current")) == 7
     finally:
         signal.signal(signal.SIGINT, before)

@@ -302,11 +302,11 @@ def test_reading_is_learned_by_the_size_of_the_prompt(tmp_path: Any) -> None:
 
 def test_speeds_are_kept_bounded_and_found_by_the_models_name(tmp_path: Any) -> None:
     speeds = llmstack.Speeds(str(tmp_path))
-    for number in range(speeds.MOST + 3):
+    for number in range(llmstack.MAX_LEARNED + 3):
         speeds.note(f"i{number}", "m" if number < 60 else "n", "load", 2.0)
     speeds.keep()
     found = llmstack.Speeds(str(tmp_path))
-    assert len(json.loads((tmp_path / "speeds.json").read_text())) == speeds.MOST
+    assert len(json.loads((tmp_path / "speeds.json").read_text())) == llmstack.MAX_LEARNED
     assert (found.identity_of("m"), found.identity_of("x")) == ("i59", "")
     assert found.load_s("i59") == 2.0
 

@@ -65,7 +65,7 @@ def test_servers_of_a_llama_swap_that_died_do_not_keep_its_ports(
         assert app._process.poll() is None, "llama-swap is up again"
     finally:
         app.close()
-        llmstack.stop_stack_members(mark)
+        llmstack.stop_members(llmstack.stack_members(mark))
 
 
 def test_a_llama_swap_that_cannot_be_started_again_ends_nothing_else(
@@ -85,4 +85,4 @@ def test_a_llama_swap_that_cannot_be_started_again_ends_nothing_else(
         assert app._process.poll() is None, "llama-swap is up again"
     finally:
         app.close()
-        llmstack.stop_stack_members(mark)
+        llmstack.stop_members(llmstack.stack_members(mark))

@@ -464,7 +464,7 @@ def test_an_address_in_active_channel_goes_to_no_shell(places: llmstack.Places) 
     (STATE / "default-channel").write_text("current\n")
     (STATE / "active-channel").write_text("external http://evil.example\n")
     llmstack.trust_project(places)
-    lines = llmstack.shell_lines(places, "bash", {"LLMSTACK_ACTIVE": "1"})
+    lines = llmstack.shell_lines(places._replace(env={"LLMSTACK_ACTIVE": "1"}), "bash")
     assert "evil.example" not in lines
     assert "LLMSTACK_CHANNEL" in lines
 
