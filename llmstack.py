@@ -9848,19 +9848,20 @@ def with_header(request: Request, header: Header) -> Request:
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+_DROPPED_FOR_A_KEY = _DROPPED | {b"authorization", b"x-api-key", b"api-key"}
 
 
 def request_head(request: Request, upstream: Upstream, target: str, length: int) -> bytes:
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
     lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
-    drop = request.words
+    drop = _DROPPED
     if upstream.key:
-        drop = drop | _KEY_HEADERS
+        drop = _DROPPED_FOR_A_KEY
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += [line for name, _, line in request.headers
-              if name not in _DROPPED and name not in drop]
+    if request.words:                           # Connection: close, say, from some clients
+        drop = drop | request.words
+    lines += [line for name, _, line in request.headers if name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
