@@ -3555,12 +3555,12 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # becomes a GgufHeader, its hyperparameters _Layers; estimate_memory sums what they take of cards
 # and host; fit_tier holds that against a Machine. No file is opened here: FIT has those.
 #
-# Weights, KV cache and recurrent state are
-# llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
-# llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
-# the widest layer, fitted to its own report for the real dimensions of 18 models of 9
-# architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those
-# (tests/test_fit.py). What CUDA adds was measured on a card (tests/test_memory.py).
+# Weights, KV cache and recurrent state are llama.cpp's own sums at b11549 (llama-hparams.cpp,
+# llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp). The
+# compute buffer is what its allocator makes of the widest layer, fitted to its own report for the
+# real dimensions of 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small
+# models and 0.5 % of those (tests/test_fit.py). What CUDA adds was measured on a card
+# (tests/test_memory.py).
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
@@ -7453,11 +7453,11 @@ def rotate_foreign_log(path: str) -> None:
         pass
 
 
-def tail_of(path: str, lines: int = 12) -> str:
-    """The last lines of a log, fit to print, without their colours."""
+def tail_of(path: str, lines: int = 12, begin: int = 0) -> str:
+    """The last lines of a log, fit to print, without their colours; none before byte `begin`."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file_size(path) - 8192))
+            file.seek(max(begin, file_size(path) - 8192))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -8678,8 +8678,9 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None:
             problem = f"did not answer within {patience_s} s at start"
         # What stood in the log before is of an earlier start.
-        if file_size(log) > log_bytes:
-            problem += f":\n{tail_of(log)}"
+        tail = tail_of(log, begin=log_bytes)
+        if tail:
+            problem += f":\n{tail}"
         raise UserError(f"{what} {problem}", f"see {log}")
 
 
@@ -15662,9 +15663,8 @@ class Engine:
             size_bytes = weights_for(model.tier).size_gb * 1e9
             size = size_words(size_bytes) or "size unknown"
             return f"{name} is not downloaded ({size}): llmstack download {name}"
-        tail = "it printed nothing"
-        if file_size(log) > log_bytes:
-            tail = tail_of(log)
+        # What stands before is of a server before.
+        tail = tail_of(log, begin=log_bytes) or "it printed nothing"
         return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
@@ -17188,6 +17188,31 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     return process_environment(record.pid) or env
 
 
+def running_upstream(places: Places) -> Optional[Upstream]:
+    """The running router of a project, with the key that its daemon wants; None where none is."""
+    record = running_record(places)
+    if record is None:
+        return None
+    upstream = router_upstream(record, places.env)
+    upstream.key = upstream.key or api_key(_environment_of(record, {}))
+    return upstream
+
+
+def held_contexts(places: Places) -> Dict[str, int]:
+    """Tier -> tokens a conversation, as the router of this project says; {} where none runs.
+
+    A loaded server may hold less than models.ini asks of it, and says so to its router alone.
+    """
+    upstream = running_upstream(places)
+    entries = asked_json(upstream, "/v1/models").get("data") if upstream else None
+    if not isinstance(entries, list):
+        return {}
+    found = {}
+    for entry in map(dict_of, entries):
+        found[str(entry.get("id"))] = _quantity(entry.get("context_length"))
+    return found
+
+
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
 _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 
@@ -17339,6 +17364,7 @@ def project_opencode_json(places: Places, config: Config, url: str, local: bool 
     if local:
         channel = pinned_marker(places).channel
         config = true_config(config.on_channel(channel), places)
+        config = with_served_contexts(config, held_contexts(places))
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
         if litellm_tiers(config):
@@ -18711,11 +18737,9 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     if url:
         remote = fetch_remote(url, places.env)
         return remote.upstream, remote.config
-    record = running_record(places)
-    if record is None:
+    upstream = running_upstream(places)
+    if upstream is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
-    upstream = router_upstream(record, places.env)
-    upstream.key = upstream.key or api_key(_environment_of(record, {}))
     return upstream, load_config(places)
 
 

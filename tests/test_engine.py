@@ -1032,15 +1032,16 @@ def test_a_load_that_fails_at_once_is_500_with_what_the_server_said(stage: Stage
 
 
 @pytest.mark.usefixtures("taciturn")
-def test_only_what_this_start_has_said_is_quoted(stage: Stage) -> None:
+@pytest.mark.parametrize(("said", "quoted"), [("", "it printed nothing"), ("out of memory\n", "out of memory")])
+def test_only_what_this_start_has_said_is_quoted(stage: Stage, said: str, quoted: str) -> None:
     stage.put("code-smart.fail", COMPLAINT)
     assert stage.call().chat("code-smart").status() == 500
     stage.engine.models["code-smart"].failed_at = -1e9
-    stage.put("code-smart.fail", "")
+    stage.put("code-smart.fail", said)
     wait_for(lambda: stage.states() == {}, "the end of the first")
     status, answer = stage.call().chat("code-smart").answer()
     assert status == 500
-    assert "it printed nothing" in message_of(answer)
+    assert message_of(answer).endswith(f"while loading:\n{quoted}")
 
 
 @pytest.mark.usefixtures("taciturn")
