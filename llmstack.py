@@ -564,6 +564,8 @@ STREAM_ENDS = {
     "/v1/completions": _CHAT_ENDS,
     "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"',
                      b'"type":"error"', b'"type": "error"'),
+    # Its last event has the whole answer in it, so that its beginning may not be kept: any will do.
+    "/v1/responses": (b"}",),
 }
 # Of a chat of OpenAI's, of Anthropic's messages, of OpenAI's responses.
 _PICTURE_KINDS = ("image_url", "image", "input_image")
@@ -6044,7 +6046,7 @@ def tokens_said(said: bytes) -> Counts:
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
-# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
+# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang, TGI and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
     r"|prompt is too long|maximum (?:context|prompt) length|exceed context limit"
@@ -6052,6 +6054,7 @@ _TOO_LONG = re.compile(
     r"|longer than the (?:model's context|maximum model length)"
     r"|input (?:tokens? )?(?:is |are )?too long"
     r"|exceeds the maximum (?:number of tokens|context|allowed length \([0-9]+ tokens)"
+    r"|must have less than [0-9]+ tokens|`inputs` tokens \+"
     r"|too many tokens", re.IGNORECASE)
 # The prompt's own count comes before one that has the answer's room in it.
 _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
@@ -6060,6 +6063,7 @@ _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"prompt is too long: ([0-9]+) tokens",
     r"exceed context limit: ([0-9]+)",
     r"resulted in ([0-9]+) tokens",
+    r"given: ([0-9]+)",
     r"([0-9]+) (?:in the messages|in your prompt|of text input|tokens from the input)",
     r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
     r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
@@ -9967,30 +9971,47 @@ class _Answer:
         return "its stream ended in the middle of an event"
 
 
-# The first event of a stream that is no comment, whole.
+# An event that is no comment, whole.
 _EVENT = re.compile(
-    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+    rb"(?:\A|(?<=\n))[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+# What may stand before a word of the model's, in the streams of Anthropic and of OpenAI's responses.
+_PRELUDE = re.compile(
+    rb'"type"\s*:\s*"(?:ping|message_start|response\.(?:created|queued|in_progress))"')
 _EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
+_NOTHING = re.compile(rb"data:[ \t]*\[DONE\]")       # as the first event
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
-def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
-    """The payload of an event stream up to the end of its first event that is no comment.
+def _telling_event(payload: bytes) -> Optional[Match[bytes]]:
+    """The first event of a stream by which an answer begins, None while there is none.
+
+    What only opens the stream is none: a server that has sent it may still fail.
+    """
+    for found in _EVENT.finditer(payload):
+        event = found.group(1)
+        if b"data:" in event and not _PRELUDE.search(event, 0, 400):
+            return found
+    return None
+
+
+def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[bytes, bytes]:
+    """(the payload of an event stream up to the event by which its answer begins, that event).
 
     Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
     """
     payload = answer.feed(data)
-    found = _EVENT.search(payload)
+    found = _telling_event(payload)
     while found is None and not answer.ended and len(payload) <= FIRST_EVENT_BYTES:
         more = receiver.receive()
         if not more:
             raise UpstreamBroken("ended before its first event")
         payload += answer.feed(more)
-        found = _EVENT.search(payload)
-    answer.first = payload[:FIRST_EVENT_BYTES]
-    if found:
-        answer.first = found.group(1)
-    return payload
+        found = _telling_event(payload)
+    if found is None:
+        answer.first = payload[:FIRST_EVENT_BYTES]
+        return payload, answer.first
+    answer.first = payload[:found.end()]
+    return payload, found.group(1)
 
 
 def _says_error(event: bytes) -> bool:
@@ -10101,10 +10122,12 @@ class _Relay:
             return None, answer.feed(data)
         if stream:
             # A server says 200 before it knows: its error is then the stream's first event.
-            payload = _first_event(answer, receiver, data)
-            status = event_error(answer.first)
-            text = answer.first.decode("utf-8", "replace")
+            payload, event = _first_event(answer, receiver, data)
+            status = event_error(event)
+            text = event.decode("utf-8", "replace")
             broken = answer.why_broken() if answer.ended else ""
+            if _NOTHING.match(event):
+                broken = "its stream ended without an answer"
             if broken:
                 status, text = 500, broken
         else:
@@ -10464,6 +10487,7 @@ class Lease:
     """A request's place at a backend. This one is ready at once."""
 
     bay: Optional[Bay] = None                   # where the model's conversations are parked
+    load_s = 0.0                                # how long it has waited for a load
 
     def __init__(self, upstream: Optional[Upstream] = None) -> None:
         self.upstream = upstream
@@ -11732,7 +11756,7 @@ class Conversations:
 
     def learn(self, key: str, estimate: int, truth: int) -> None:
         """Keep what an answer or a refusal said a prompt's tokens really are."""
-        if estimate > 0 and truth > 0:
+        if estimate > 0 and truth >= WORTH_LEARNING_TOKENS:
             # A server that counts nonsense shall not send everything to the largest tier.
             ratio = max(truth / estimate, 0.1)
             ratio = min(ratio, 10.0)
@@ -11921,12 +11945,14 @@ class Asked:
     tier = ""                                   # that is asked now
     lease = Lease()                             # its place there; this one until it has one
     wait_s = 0.0                                # until its models were ready, of all tiers tried
+    load_s = 0.0                                # of that, while they were loading
     translation: Optional[Translation] = None
     patience_s = 0.0                            # how long its first tier may keep it waiting
     place: Optional[Tuple[int, int]] = None     # of the model's name; None: find it in JSON
     known = NEW_CONVERSATION                    # by the answers to its earlier turns
     segments: Segments = ()                     # of its prompt, once its model is at work
     estimate = 0                                # its tokens by class_tokens, 0: not asked yet
+    is_long = False                             # enough for its answer to teach a ratio
     loop = False                                # it brings back what a tool has said
     leaving = STAYS
 
@@ -11948,9 +11974,15 @@ class Asked:
         return time.monotonic() - self.began_s
 
     def look_at_prompt(self) -> bytes:
-        """Take the prompt's digests while its model is at work; no header comes of it."""
+        """Take the prompt's digests and its estimate, while its model is at work.
+
+        Both are compared with what comes. No header comes of it.
+        """
         if not self.segments and self.thread:
             self.segments = prompt_segments(self.values)
+        if self.texts and not self.estimate and self.is_long:
+            self.estimate = class_tokens(self.texts)
+        self.texts = []
         return b""
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
@@ -12068,26 +12100,12 @@ class Descent:
         self._left = [*tiers, *others]
 
     def headers(self) -> bytes:
-        """The lines that an answer of the present tier gets.
-
-        They are made while the model is at work, as is what the answer's counts are compared with.
-        """
+        """The lines that an answer of the present tier gets, made while the model is at work."""
         asked = self.asked
-        decision = self.decision
         asked.look_at_prompt()
-        worth = decision.facts.most_tokens >= WORTH_LEARNING_TOKENS
-        if worth and not asked.estimate:
-            asked.estimate = class_tokens(asked.texts)
-        asked.texts = []
         name = self.tier.name
-        lines = decision_headers(decision, name, self.fallbacks, self.reason)
+        lines = decision_headers(self.decision, name, self.fallbacks, self.reason)
         return lines + leaving_header(asked.leaving, name)
-
-    def learn(self, truth: int) -> None:
-        """Keep how many tokens the prompt really has, by an answer or a refusal."""
-        asked = self.asked
-        if truth >= WORTH_LEARNING_TOKENS:
-            self._conversations.learn(asked.conversation, asked.estimate, truth)
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
@@ -12097,7 +12115,7 @@ class Descent:
         # Too long: to a tier that holds it. A picture: to one that takes it. Any other fault of the
         # request's own would be the next tier's answer, too.
         if need:
-            self.learn(need)
+            self._conversations.learn(self.asked.conversation, self.asked.estimate, need)
             self._left = self._holding(need)
         elif own and pictures_refused(text):
             self._left = [tier for tier in self._left if tier.takes_pictures]
@@ -12760,7 +12778,8 @@ class RouterApp(App):
         facts: Optional[Facts] = None
         if asked.path in _CANONICAL_PATHS:
             try:
-                facts = read_facts(asked.path, asked.values)
+                facts = read_facts(asked.path, asked.values, texts=asked.texts)
+                asked.is_long = facts.most_tokens >= WORTH_LEARNING_TOKENS
             except RecursionError:              # the upstream may take it all the same
                 pass
         name = route.tier.name
@@ -12802,10 +12821,14 @@ class RouterApp(App):
                 prompt + output,
                 asked.segments,
             )
+        if outcome.state == "done":
+            self._conversations.learn(asked.conversation, asked.estimate, prompt)
         wait_s = asked.wait_s
         total_s = asked.age_s()
         row["conversation"] = self.events.name_of(asked.conversation)
         row["wait_s"] = round(wait_s, 3)
+        if asked.load_s:
+            row["load_s"] = round(asked.load_s, 3)
         row["total_s"] = round(total_s, 3)
         row["stream"] = asked.stream
         # A server that times its answers has said it already.
@@ -12822,6 +12845,7 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, triggers, asked.texts)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
+        asked.is_long = facts.most_tokens >= WORTH_LEARNING_TOKENS
         if not facts.auto:                      # another name here means it, too
             facts = facts._replace(auto=True)
         if held_by_all(facts, config):
@@ -12880,8 +12904,6 @@ class RouterApp(App):
         if descent.fallbacks:
             line += f"; fell back {', '.join(descent.fallbacks)}"
         self.log.info(line)
-        if outcome.state == "done":
-            descent.learn(outcome.counts.prompt)
         self._publish_descent(descent, outcome)
         self._finish(asked, outcome, what, descent.route, descent.headers)
 
@@ -12990,6 +13012,7 @@ class RouterApp(App):
             )
         finally:
             asked.wait_s += waiting.ready_s
+            asked.load_s += lease.load_s
 
     def _finish(self, asked: Asked, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
@@ -15156,6 +15179,7 @@ class Model:
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
+        self.load_s = 0.0                       # how long its last load took
 
     @property
     def name(self) -> str:
@@ -15234,8 +15258,11 @@ class Ticket(Lease):
             return False
         # Now the model counts this request, and keeps its server until end().
         self._entered = True
-        self.upstream = self.model.upstream
-        self.bay = self.model.bay
+        model = self.model
+        self.upstream = model.upstream
+        self.bay = model.bay
+        if model.since > self.since:            # it has become ready meanwhile
+            self.load_s = min(model.load_s, model.since - self.since)
         return True
 
     def wait(self, seconds: float) -> None:
@@ -15582,8 +15609,8 @@ class Engine:
             model.turn_to("ready")
             model.loads += 1
             model.last_used = model.since
-            took_s = model.since - asked
-            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
+            model.load_s = model.since - asked
+            self._log.info(f"{model.name}: ready on port {model.port} after {model.load_s:.1f} s")
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""

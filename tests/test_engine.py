@@ -1014,6 +1014,20 @@ def test_the_engine_answers_while_a_command_line_is_being_made(open_stage: OpenS
 COMPLAINT = "main: loading model\nerror: invalid argument: --no-mmap\n"
 
 
+def test_a_request_knows_how_long_it_has_waited_for_a_load(stage: Stage) -> None:
+    loads, finds_it_loaded = stage.engine.lease("code-smart"), None
+    try:
+        wait_for(loads.ready, "the model")
+        assert 0 < loads.load_s <= stage.engine.models["code-smart"].load_s
+        finds_it_loaded = stage.engine.lease("code-smart")
+        assert finds_it_loaded.ready()
+        assert finds_it_loaded.load_s == 0
+    finally:
+        loads.end()
+        if finds_it_loaded:
+            finds_it_loaded.end()
+
+
 @pytest.mark.usefixtures("taciturn")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_load_that_fails_at_once_is_500_with_what_the_server_said(stage: Stage, stream: bool) -> None:
