@@ -14496,6 +14496,8 @@ class Speeds:
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
+        if identity not in self._rows:
+            return 0.0
         return self.get(identity, *_read_names(tokens))
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
@@ -14861,9 +14863,10 @@ class Bay:
             restored = self._restored
         least_bytes = SURE_SIMILARITY * len(body)
         short = [parked for parked in restored if parked.body_bytes < least_bytes]
+        if not short:                           # as nearly always: the body is not read again
+            return
         values = parse_json_object(body)
-        wanted = [parked for parked in short if parked.goes_on_in(values)]
-        if not wanted:
+        if not any(parked.goes_on_in(values) for parked in short):
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
@@ -14883,10 +14886,13 @@ class Bay:
                 restored = []
         if not body:                            # wants() has told that there is no use in it
             return
+        is_worth = self._is_worth(counts.prompt)
+        if not (is_worth or restored):
+            return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if not turns or not self._is_worth(counts.prompt):
+        if not turns or not is_worth:
             return
         talk = Talk(
             at=time.time(),
