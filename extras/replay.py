@@ -123,8 +123,10 @@ class Replay:
         # What the ladder knew: sums, without the text they were made from.
         llmstack = self._llmstack
         classes = max(estimate - pictures * llmstack.PICTURE_TOKENS, 1)
-        facts = llmstack.Facts(True, "auto", fim, tokens * llmstack.CHARS_PER_TOKEN, 0, 0,
-                               pictures, turns, max_tokens, trigger, (), classes)
+        facts = llmstack.Facts(
+            auto=True, model="auto", fim=fim, chars=tokens * llmstack.CHARS_PER_TOKEN, wide=0,
+            extra=0, pictures=pictures, turns=turns, max_tokens=max_tokens, trigger=trigger,
+            classes=classes)
         decision = llmstack.decide(facts, self._config)
         self.recorded.add(conversation, tier, prompt, output)
         for stay, ledger in self.ledgers.items():

@@ -34,7 +34,7 @@ ctx_size = 200k
 
 def row(tokens: int, conversation: str = "c", **more: Any) -> dict[str, Any]:
     """A line of the record, as record_row makes it."""
-    facts = llmstack.Facts(True, "auto", False, tokens * 4, 0, 0, 0, 1, 0, "", ())
+    facts = llmstack.Facts(True, "auto", False, tokens * 4, 0, 0, 0, 1, 0, "")
     decision = llmstack.decide(facts, llmstack.parse_models_ini(LADDER)[0])
     said = json.dumps({"usage": {"prompt_tokens": tokens, "completion_tokens": 100}}).encode()
     outcome = llmstack.Outcome("done", 200, counts=llmstack.tokens_said(said))
@@ -107,6 +107,12 @@ def test_a_prompt_larger_than_its_tier_overflows(capsys: pytest.CaptureFixture[s
     assert found["replayed"]["overflows"] == 0, (
         "the ladder knows 60,000 and room to answer: code-fast"
     )
+
+
+def test_what_a_tier_holds_goes_by_the_fuller_estimate(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rungs go by characters / 4, which says 30,000 of dense text that is 70,000 tokens."""
+    write(row(30_000, estimate=70_000), row(30_000))
+    assert replay(capsys)["rungs"] == {"mid": {"code-fast": 1, "code-smart": 1}}
 
 
 @pytest.mark.parametrize("key", ["trigger", "fim", "pictures", "turns"])
