@@ -72,7 +72,7 @@ def fields_of(line: str) -> Fields:
     Errors: those of parsed_fields.
     """
     match = WRITTEN.match(line)
-    if match is None or line.find('"cost":', match.end()) >= 0:
+    if match is None:
         return parsed_fields(line)
     conversation, tier, rung, tokens, estimate, truth, shape, output, cost, loop = match.groups()
     return (conversation, tier, rung, int(tokens), int(estimate), int(truth), int(output),
@@ -132,11 +132,8 @@ class Ledger:
 
     def __init__(self, contexts: Dict[str, int]) -> None:
         self.switches = self.read_anew = self.overflows = 0
+        self.last: Dict[str, Last] = {}         # of each conversation
         self._contexts = contexts
-        self._last: Dict[str, Last] = {}
-
-    def last(self, conversation: str) -> Last:
-        return self._last.get(conversation, NOWHERE)
 
     def add(self, conversation: str, last: Last, tier: str, prompt: int, output: int) -> None:
         last_tier, held = last
@@ -145,7 +142,7 @@ class Ledger:
             if last is not NOWHERE:
                 self.switches += 1
         if conversation:
-            self._last[conversation] = tier, prompt + output
+            self.last[conversation] = tier, prompt + output
         if prompt > held:
             self.read_anew += prompt - held
         if prompt > self._contexts.get(tier, prompt):
@@ -205,10 +202,10 @@ class Replay:
         if shape not in self._shapes:
             self._shapes[shape] = Shape(shape, self._llmstack, self._config)
         case = self._shapes[shape].case(tokens, estimate)
-        last = self.recorded.last(conversation)
+        last = self.recorded.last.get(conversation, NOWHERE)
         self.recorded.add(conversation, last, tier, prompt, output)
         for stay, ledger in self.ledgers.items():
-            last = ledger.last(conversation)
+            last = ledger.last.get(conversation, NOWHERE)
             name: str = case.tier
             if last[0] != name:
                 name = self._stayed(case, stay, last, prompt, loop)
