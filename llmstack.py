@@ -119,6 +119,7 @@ from typing import (
     TYPE_CHECKING,
     Any,
     Callable,
+    Container,
     Dict,
     FrozenSet,
     Iterable,
@@ -563,8 +564,12 @@ STREAM_ENDS = {
     "/v1/completions": _CHAT_ENDS,
     "/v1/messages": (b'"type":"message_stop"', b'"type": "message_stop"',
                      b'"type":"error"', b'"type": "error"'),
+    # Its last event has the whole answer in it, so that its beginning may not be kept: any will do.
+    "/v1/responses": (b"}",),
 }
+# Of a chat of OpenAI's, of Anthropic's messages, of OpenAI's responses.
 _PICTURE_KINDS = ("image_url", "image", "input_image")
+# Scripts of which a character is about a token: Thai, Chinese, Japanese, Korean, emoji and so on.
 _WIDE = re.compile(
     "[\u0e00-\u0eff\u1000-\u11ff\u1780-\u17ff\u2e80-\u303e\u3041-\ua4cf\ua960-\ua97f\uac00-\ud7ff"
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff60\uffe0-\uffe6\U00016fe0-\U0001b2ff\U0001f300-\U0001faff"
@@ -578,34 +583,34 @@ _TICKS = re.compile("`+")
 
 def _without_spans(text: str) -> str:
     """A paragraph without its backticked spans; a run is closed by the next of its length."""
-    runs = [m.span() for m in _TICKS.finditer(text)]
-    later: Dict[int, List[int]] = {}            # length of a run -> its places, the last one first
-    for index in range(len(runs) - 1, -1, -1):
-        start, end = runs[index]
-        later.setdefault(end - start, []).append(index)
+    spans = []
+    last: Dict[int, int] = {}                   # length of a run -> where the last such begins
+    for run in _TICKS.finditer(text):
+        start, end = run.span()
+        length = end - start
+        if length in last:
+            spans.append((last[length], end))
+        last[length] = start
     kept = []
     done = 0
-    index = 0
-    while index < len(runs):
-        start, end = runs[index]
-        same = later[end - start]
-        while same and same[-1] <= index:
-            same.pop()
-        if same:
-            index = same.pop()
+    for start, end in sorted(spans):
+        if start >= done:                       # else its first run stands within a span
             kept.append(text[done:start])
-            done = runs[index][1]
-        index += 1
+            done = end
     kept.append(text[done:])
     return "`".join(kept)
 
 
 def _outside_code(text: str) -> str:
-    """Markdown text without fenced blocks and backticked spans, in linear time."""
+    """Markdown text without fenced blocks and backticked spans.
+
+    One pattern for all of it would take quadratic time on text that somebody has made for that.
+    """
     kept: List[str] = []
     paragraph: List[str] = []
     fence = ""
-    for line in text.splitlines():
+    # A span of code ends with its paragraph at the latest, and an empty line ends the last one.
+    for line in [*text.splitlines(), ""]:
         if fence:
             bare = line.strip(" \t>")
             if bare.startswith(fence) and not bare.strip(fence[0]):
@@ -619,7 +624,6 @@ def _outside_code(text: str) -> str:
         paragraph = []
         if opening:
             fence = opening.group(1)
-    kept.append(_without_spans("\n".join(paragraph)))
     return "\n".join(kept)
 
 
@@ -655,6 +659,7 @@ def inference_path(target: str) -> str:
         return path
     path = unquoted(path)
     words = [word for word in path.split("/") if word]
+    # Twice, where a base URL ends in it and the client adds its own.
     while words and words[0] == "v1":
         words.pop(0)
     return INFERENCE_PATHS.get("/" + "/".join(words), "")
@@ -662,17 +667,19 @@ def inference_path(target: str) -> str:
 
 def _spellings(model: str) -> Tuple[str, str]:
     """A name in lower case without `:latest`, and the same without a provider's prefix."""
-    name = model.strip().lower()
-    if name.endswith(":latest"):
-        name = name[:-len(":latest")]
-    return name, name.rsplit("/", 1)[-1]
+    name = model.strip().lower().removesuffix(":latest")    # which Ollama's clients add
+    _, _, bare = name.rpartition("/")
+    return name, bare
 
 
 def is_auto(model: object) -> bool:
     """True for `auto` in any spelling, and for a name that is empty, null or absent."""
     if model is None or model == "auto":
         return True
-    return isinstance(model, str) and _spellings(model)[-1] in ("", "auto")
+    if not isinstance(model, str):
+        return False
+    _, bare = _spellings(model)
+    return bare in ("", "auto")
 
 
 def tier_named(config: Config, model: str) -> str:
@@ -682,8 +689,9 @@ def tier_named(config: Config, model: str) -> str:
         return tier.name
     spellings = _spellings(model)
     for tier in config.tiers:
-        if any(name.lower() in spellings for name in (tier.name, *tier.aliases)):
-            return tier.name
+        for name in tier.names:
+            if name.lower() in spellings:
+                return tier.name
     return ""
 
 
@@ -720,13 +728,16 @@ def resolve_on_path(config: Config, path: str, model: object) -> str:
     """
     role = PATH_ROLES.get(path, "")
     name = resolve_name(config, model)
-    if not role or (name and name != "auto"):
+    if not role or name not in ("", "auto"):
         return name
     tier = config.by_role(role)
-    meant = name == "auto" or (isinstance(model, str) and role in model.lower())
-    if tier is None or not meant:
+    if tier is None:
         return ""
-    return tier.name
+    if name == "auto":
+        return tier.name
+    if isinstance(model, str) and role in model.lower():
+        return tier.name
+    return ""
 
 
 def _count_wide(text: str) -> int:
@@ -759,7 +770,10 @@ class _Tally:
         text = value
         if not isinstance(text, str):
             text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        self.extra += len(text) + _count_wide(text) * (CHARS_PER_TOKEN - 1)
+        # There is one count of these: a wide character, about a token, goes in as the characters
+        # that a token has.
+        more = CHARS_PER_TOKEN - 1
+        self.extra += len(text) + _count_wide(text) * more
         self.texts.append(text)
 
     def add_content(self, content: object, depth: int = 0) -> None:
@@ -769,6 +783,7 @@ class _Tally:
         """
         if isinstance(content, str):
             self.add_text(content)
+        # No API nests deeper; a hostile body does, until Python's own stack ends.
         elif isinstance(content, list) and depth < 4:
             for part in content:
                 self._add_part(part, depth + 1)
@@ -803,6 +818,7 @@ class _Tally:
         self.add_aside(message.get("reasoning_content"))
         if message.get("type") == "function_call":
             self.add_aside(message.get("arguments"))
+        # The older API's one call stands bare where a call of tool_calls has it under a key.
         self._add_call({"function": message.get("function_call")})
         calls = message.get("tool_calls")
         if isinstance(calls, list):
@@ -825,7 +841,9 @@ def _plain_text(content: object) -> str:
         return ""
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) else part
+        text = part
+        if isinstance(part, dict):
+            text = part.get("text")
         if isinstance(text, str):
             texts.append(text)
     return "\n".join(texts)
@@ -838,15 +856,18 @@ def _is_user_turn(content: object) -> bool:
     """
     if not isinstance(content, list) or not content:
         return True
-    return not all(isinstance(p, dict) and p.get("type") == "tool_result" for p in content)
+    kinds = [part.get("type") for part in content if isinstance(part, dict)]
+    return kinds != ["tool_result"] * len(content)
 
 
 def _leading_trigger(triggers: Sequence[str], user_text: str) -> str:
     """The `word:` trigger that a user's message begins with, or ""."""
+    # Without a copy of a message that may have a megabyte.
     begins = user_text[:4096].lstrip().lower()
-    if begins.startswith("[") or not begins.startswith(tuple(triggers)):
-        return ""
-    return next((trigger for trigger in triggers if begins.startswith(trigger)), "")
+    for trigger in triggers:
+        if begins.startswith(trigger) and not trigger.startswith("["):
+            return trigger
+    return ""
 
 
 def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
@@ -861,12 +882,13 @@ def _bracketed_trigger(triggers: Sequence[str], text: str, alone: bool) -> str:
     if not found:                               # to read a text as Markdown is slow
         return ""
     outside = _outside_code(lowered)
+    places: Union[str, List[str]] = outside
     if alone:
-        lines = [line.strip() for line in outside.splitlines()]
-        found = [t for t in found if t in lines]
-    else:
-        found = [t for t in found if t in outside]
-    return next(iter(found), "")
+        places = [line.strip() for line in outside.splitlines()]
+    for trigger in found:
+        if trigger in places:
+            return trigger
+    return ""
 
 
 def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable[str]) -> str:
@@ -877,6 +899,7 @@ def find_trigger(triggers: Sequence[str], user_text: str, system_texts: Iterable
     """
     trigger = _leading_trigger(triggers, user_text)
     trigger = trigger or _bracketed_trigger(triggers, user_text, alone=False)
+    # A system message may explain a trigger in a sentence, which asks for nothing.
     for text in system_texts:
         trigger = trigger or _bracketed_trigger(triggers, text, alone=True)
     return trigger
@@ -893,8 +916,12 @@ def _messages(body: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return []
 
 
-_OUTPUT_KEYS = frozenset(
-    {"max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict"})
+_OUTPUT_KEYS = frozenset({
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n_predict",
+})
 _SYSTEM_KEYS = ("system", "instructions")
 _PROMPT_KEYS = ("prompt", "suffix", "input_prefix", "input_suffix", "input_extra")
 _SCHEMA_KEYS = ("tools", "functions")
@@ -917,7 +944,9 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
 
     `texts` gets all that was counted, for class_tokens: the facts outlive the body.
     """
-    tally = _Tally([] if texts is None else texts)
+    if texts is None:
+        texts = []
+    tally = _Tally(texts)
     messages = _messages(body)
     turns = 0
     last: object = None
@@ -935,6 +964,8 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
             last = content
         elif role in ("system", "developer"):
             systems.append(content)
+    # In the body's order, not the set's, which differs from process to process: class_tokens takes
+    # samples by their place.
     for key, value in body.items():
         if key not in _COUNTED_KEYS:
             continue
@@ -952,10 +983,13 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
     if triggers:
         trigger = find_trigger(triggers, _plain_text(last), map(_plain_text, systems))
     model = body.get("model")
+    fim = path == "/infill"
+    if path == "/v1/completions" and body.get("suffix"):
+        fim = True
     return Facts(
         auto=is_auto(model),
         model=model if isinstance(model, str) else "",
-        fim=path == "/infill" or (path == "/v1/completions" and bool(body.get("suffix"))),
+        fim=fim,
         chars=tally.chars,
         wide=tally.wide,
         extra=tally.extra,
@@ -968,7 +1002,14 @@ def read_facts(path: str, body: Mapping[str, Any], triggers: Sequence[str] = (),
 
 # Tokens of a character by its class, least squares over eight tokenizers and forty kinds of text;
 # docs/performance.md has how they were got. ASCII by translation, the rest by ranges.
-_ASCII_RATES = (("a", 0.203), ("A", 0.38), ("0", 1.05), (" ", 0.044), ("\n", 0.73), ("!", 0.66))
+_ASCII_RATES = {
+    "a": 0.203,
+    "A": 0.38,
+    "0": 1.05,
+    " ": 0.044,
+    "\n": 0.73,
+    "!": 0.66,
+}
 
 
 def _ascii_class(char: str) -> str:
@@ -987,12 +1028,35 @@ def _ascii_class(char: str) -> str:
 
 
 _ASCII_CLASSES = "".join(_ascii_class(chr(code)) for code in range(128))
-_WIDE_RATES = (
-    (0x0370, 1.62), (0x0400, 0.58), (0x0590, 0.37), (0x0900, 0.46), (0x0E00, 0.76), (0x0F00, 0.59),
-    (0x2000, 0.76), (0x2C00, 0.27), (0xAC00, 0.78), (0xD7B0, 0.77), (0x10000, 0.78),
-    (0x110000, 2.34))                           # up to this code point: tokens of a character
+_WIDE_RATES = {                                 # up to this code point: tokens of a character
+    0x0370: 1.62,                               # Latin with accents, phonetic signs
+    0x0400: 0.58,                               # Greek
+    0x0590: 0.37,                               # Cyrillic, Armenian
+    0x0900: 0.46,                               # Hebrew, Arabic
+    0x0E00: 0.76,                               # of India
+    0x0F00: 0.59,                               # Thai, Lao
+    0x2000: 0.76,
+    0x2C00: 0.27,                               # punctuation, arrows, lines of tables
+    0xAC00: 0.78,                               # Chinese, Japanese
+    0xD7B0: 0.77,                               # Korean
+    0x10000: 0.78,
+    0x110000: 2.34,                             # emoji, and what is rare
+}
+_WIDE_ENDS = tuple(_WIDE_RATES)
 _NOT_ASCII = re.compile("[^\x00-\x7f]")
 _WINDOWS, _WINDOW_CHARS = 32, 256
+
+
+def _windows_of(text: str) -> str:
+    """A text of bounded length with the same mixture of characters: windows, evenly spread."""
+    if len(text) <= _WINDOWS * _WINDOW_CHARS:
+        return text
+    step = len(text) // _WINDOWS
+    windows = []
+    for number in range(_WINDOWS):
+        start = number * step
+        windows.append(text[start:start + _WINDOW_CHARS])
+    return "".join(windows)
 
 
 def class_tokens(texts: Sequence[str]) -> int:
@@ -1001,20 +1065,18 @@ def class_tokens(texts: Sequence[str]) -> int:
     Within 15 % for agents' conversations at the 92nd percentile, where characters / 4 is for 25 %.
     """
     text = "\n".join(texts)
-    sample = text
-    if len(text) > _WINDOWS * _WINDOW_CHARS:
-        step = len(text) // _WINDOWS
-        starts = range(0, step * _WINDOWS, step)
-        sample = "".join([text[start:start + _WINDOW_CHARS] for start in starts])
+    if not text:
+        return 0
+    sample = _windows_of(text)
     in_ascii = sample.encode("ascii", "ignore").decode("ascii")
     classes = in_ascii.translate(_ASCII_CLASSES)
     tokens = 0.0
-    for name, rate in _ASCII_RATES:
+    for name, rate in _ASCII_RATES.items():
         tokens += classes.count(name) * rate
     for char in _NOT_ASCII.findall(sample):
-        code = ord(char)
-        tokens += next(rate for end, rate in _WIDE_RATES if code < end)
-    return int(tokens * len(text) / max(len(sample), 1))
+        place = bisect.bisect_right(_WIDE_ENDS, ord(char))
+        tokens += _WIDE_RATES[_WIDE_ENDS[place]]
+    return int(tokens * len(text) / len(sample))
 
 
 # Rung -> the role it asks for, and its reason.
@@ -1033,6 +1095,7 @@ def held_by_all(facts: Facts, config: Config) -> bool:
 
     Where not, class_tokens is worth its time.
     """
+    # At least what output_reserve() takes for any tier.
     reserve = facts.max_tokens or DEFAULT_RESERVE_TOKENS
     return facts.most_tokens + reserve <= config.smallest_context
 
@@ -1057,6 +1120,7 @@ def output_reserve(facts: Facts, tier: Tier) -> int:
     """Tokens kept free for the answer: min(max_tokens or 1,024, max_output_tokens, ctx / 4)."""
     asked = facts.max_tokens or DEFAULT_RESERVE_TOKENS
     most = tier.max_output_tokens or tier.ctx_size
+    # Some clients ask for as many as the whole context has: a prompt would have no room beside it.
     return min(asked, most, tier.ctx_size // 4)
 
 
@@ -1070,8 +1134,13 @@ LOCAL_ONLY = "local_only = yes in models.ini keeps every request on this machine
 
 def _blind(config: Config) -> Dict[str, str]:
     """Tiers that take no pictures, where another tier takes them."""
-    blind = {t.name: "it takes no pictures" for t in config.ladder if not t.takes_pictures}
-    return blind if len(blind) < len(config.ladder) else {}
+    blind = {}
+    for tier in config.ladder:
+        if not tier.takes_pictures:
+            blind[tier.name] = "it takes no pictures"
+    if len(blind) == len(config.ladder):        # one of them shall say so
+        return {}
+    return blind
 
 
 def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str]) -> List[Tier]:
@@ -1081,6 +1150,7 @@ def _to_try(holds: List[Tier], down: Mapping[str, str], barred: Mapping[str, str
     """
     if not down:
         return holds
+    # What is down is likelier to answer than what cannot: it may be back meanwhile.
     for avoided in (down, barred):
         left = [t for t in holds if t.name not in avoided]
         if left:
@@ -1100,15 +1170,19 @@ class Pace(NamedTuple):
         """Seconds until a prompt is read of which so many tokens are held; 0.0: not known."""
         if not self.read_per_s:
             return 0.0
-        if not (self.loaded or self.keeps):
+        load_s = self.load_s
+        if self.loaded:
+            load_s = 0.0
+        elif not self.keeps:
             held = 0
-        load_s = 0.0 if self.loaded else self.load_s
+        # A server reads the last token anew even of a prompt that it holds whole.
         return load_s + max(tokens - held, 1) / self.read_per_s
 
 
 def about_s(seconds: float) -> str:
-    digits = 0 if seconds >= 10 else 1
-    return f"about {seconds:,.{digits}f} s"
+    if seconds >= 10:
+        return f"about {seconds:,.0f} s"
+    return f"about {seconds:.1f} s"
 
 
 class Leaving(NamedTuple):
@@ -1138,6 +1212,14 @@ def leaving_cost(tokens: int, old: Pace, old_held: int, new: Pace, new_held: int
     return max(new_s - old_s, 0.0)
 
 
+def _change_words(fewer_tokens: int, more_turns: int) -> str:
+    if fewer_tokens:
+        return f"{fewer_tokens:,} fewer tokens"
+    if more_turns == 1:
+        return "1 more user turn"
+    return f"{more_turns} more user turns"
+
+
 class Decision(NamedTuple):
     """Where a request goes and why; log line, response headers and `why` are all made from it."""
 
@@ -1158,33 +1240,40 @@ class Decision(NamedTuple):
 
     def _why_not(self, tier: Tier) -> str:
         """Why a tier was not taken, in words."""
-        name, facts, config = tier.name, self.facts, self.config
-        routing, ladder = config.routing, config.ladder
+        name = tier.name
         if tier.role not in LADDER_ROLES:
-            return f"role {tier.role or 'none'} is never auto-routed; ask for it by name"
-        if config.local_only and tier.remote:
+            role = tier.role or "none"
+            return f"role {role} is never auto-routed; ask for it by name"
+        if self.config.local_only and tier.remote:
             return f"{name} is hosted, and {LOCAL_ONLY}"
+        facts = self.facts
         need = tokens_needed(facts, tier)
         if need > tier.ctx_size:
             return f"{name} holds {tier.ctx_size:,} tokens, this needs {need:,} ({facts.source})"
         if name in self.down:
             return f"{name} is left alone for now: {self.down[name]}"
-        if ladder.index(tier) > ladder.index(self.chain[0]):
+        if tier not in self._above:
             return "below the tier taken"
         if facts.fim:
             return "infill goes to the fast tier"
+        routing = self.config.routing
+        count = f"{facts.tokens:,} tokens"
         if tier.role == "ultra":
-            return f"{facts.tokens:,} tokens > {routing.high_fidelity_ceiling:,} and no trigger"
-        return (f"{facts.tokens:,} tokens > {routing.mid_fidelity_ceiling:,}"
+            return f"{count} > {routing.high_fidelity_ceiling:,} and no trigger"
+        return (f"{count} > {routing.mid_fidelity_ceiling:,}"
                 f" and {facts.turns} user turns < {routing.multi_turn}")
 
     def _reason_of_rung(self) -> str:
         role, words = RUNGS[self.rung]
         routing, facts = self.config.routing, self.facts
         reason = words.format(
-            trigger=facts.trigger, tokens=facts.tokens, turns=facts.turns,
-            high=routing.high_fidelity_ceiling, mid=routing.mid_fidelity_ceiling,
-            floor=routing.multi_turn)
+            trigger=facts.trigger,
+            tokens=facts.tokens,
+            turns=facts.turns,
+            high=routing.high_fidelity_ceiling,
+            mid=routing.mid_fidelity_ceiling,
+            floor=routing.multi_turn,
+        )
         if self.preference[0].role != role:
             reason += f" (no {role} tier here)"
         return reason
@@ -1195,15 +1284,15 @@ class Decision(NamedTuple):
         if self.rung == "explicit":
             return "asked for by name"
         reason = self._reason_of_rung()
-        best, chosen = self.preference[0], self.chain[0]
         if self.stays:
             return f"{reason}; stays on {self.tier}, {self.stays}"
+        best, chosen = self.preference[0], self.chain[0]
         if not self.held:
             need = tokens_needed(self.facts, chosen)
             return (f"{reason}; no tier holds {need:,} tokens ({self.facts.source}),"
-                    f" {chosen.name} has the largest context")
+                    f" {self.tier} has the largest context")
         if chosen is not best:
-            return f"{reason}; {self._why_not(best)}, so {chosen.name}"
+            return f"{reason}; {self._why_not(best)}, so {self.tier}"
         return reason
 
     @property
@@ -1211,9 +1300,9 @@ class Decision(NamedTuple):
         """Every other tier, with its reason for not being taken."""
         if self.rung == "explicit":
             return {}
-        others = [t for t in self.config.tiers if t.name != self.tier]
-        refused = {t.name: self._why_not(t) for t in others}
-        if self.stays:
+        refused = {tier.name: self._why_not(tier) for tier in self.config.tiers}
+        del refused[self.tier]
+        if self.stays:                          # the rung's own choice is second then
             refused[self.chain[1].name] = f"the conversation stays on {self.tier}, {self.stays}"
         return refused
 
@@ -1236,31 +1325,32 @@ class Decision(NamedTuple):
             chars=max(chars, 0),
             wide=max(facts.wide - fewer, 0),
             classes=max(facts.classes - fewer, 0),
-            turns=facts.turns + more)
+            turns=facts.turns + more,
+        )
         return decide(changed, self.config, self.down, self.barred).tier
 
     @property
     def nearest(self) -> str:
         """The smallest change that would move the request up the ladder, "" where none does."""
-        facts, routing = self.facts, self.config.routing
         if self.rung in ("explicit", "fim"):
             return ""
-        above = self._above
-        too_many = [facts.tokens - routing.high_fidelity_ceiling,
-                    facts.tokens - routing.mid_fidelity_ceiling]
-        too_many += [tokens_needed(facts, tier) - tier.ctx_size for tier in above]
-        found = []
-        for fewer in too_many:
-            if fewer > 0:
-                found.append((fewer, f"{fewer:,} fewer tokens", self._tier_after(fewer, 0)))
-        more = routing.multi_turn - facts.turns
-        if more > 0:
-            plural = "" if more == 1 else "s"
-            found.append((more, f"{more} more user turn{plural}", self._tier_after(0, more)))
-        better = {t.name for t in above}
-        for _, words, tier in sorted(found):
-            if tier in better:
-                return f"{words} \u2192 {tier}"
+        facts, routing = self.facts, self.config.routing
+        # What is too much for a rung or for a tier's context, and what is missing for `floor`.
+        changes = [
+            (facts.tokens - routing.high_fidelity_ceiling, 0),
+            (facts.tokens - routing.mid_fidelity_ceiling, 0),
+            (0, routing.multi_turn - facts.turns),
+        ]
+        better = []
+        for tier in self._above:
+            changes.append((tokens_needed(facts, tier) - tier.ctx_size, 0))
+            better.append(tier.name)
+        for fewer, more in sorted(changes, key=sum):
+            if fewer <= 0 and more <= 0:        # that bound is not what is in the way
+                continue
+            name = self._tier_after(fewer, more)
+            if name in better:
+                return f"{_change_words(fewer, more)} \u2192 {name}"
         return ""
 
 
@@ -1275,6 +1365,7 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     Source: README, "How auto decides".
     """
     barred = barred or {}
+    # Without a projector, llama-server answers a picture with an error.
     if facts.pictures:
         barred = {**barred, **_blind(config)}
     down = {**(down or {}), **barred}
@@ -1286,13 +1377,16 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
     if not order:
         raise HttpError(400, "auto has nowhere to go: no tier in models.ini has the role"
                              " fast, agent or ultra")
+    holds = []
     tokens = facts.full_tokens                  # once, as tokens_needed counts it for each tier
-    holds = [t for t in order if tokens + output_reserve(facts, t) <= t.ctx_size]
+    for tier in order:
+        if tokens + output_reserve(facts, tier) <= tier.ctx_size:
+            holds.append(tier)
     chain = _to_try(holds, down, barred)
     if not chain:
         # The largest says best how far a request is too long, and its server may count fewer.
-        able = [t for t in order if t.name not in barred] or order
-        chain = [max(able, key=lambda t: t.ctx_size)]
+        able = [tier for tier in order if tier.name not in barred] or order
+        chain = [max(able, key=lambda tier: tier.ctx_size)]
     return Decision(
         tier=chain[0].name,
         rung=rung,
@@ -1309,7 +1403,9 @@ def decide(facts: Facts, config: Config, down: Optional[Mapping[str, str]] = Non
 def in_tool_loop(body: Mapping[str, Any]) -> bool:
     """Whether a request brings back what a tool has said: no word of the user's is new in it."""
     messages = body.get("messages") or body.get("input")
-    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not messages or not isinstance(messages, list):
+        return False
+    last = messages[-1]
     if not isinstance(last, dict):
         return False
     kind = last.get("role") or last.get("type")
@@ -1324,12 +1420,9 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
     That one must hold it and be able to answer. A trigger and infill always have their way.
     """
     routing = decision.config.routing
-    if routing.stay == "no" or decision.rung in ("explicit", "fim", "trigger"):
+    if not leaving.tier or routing.stay == "no":
         return decision
-    tier = next((t for t in decision.preference if t.name == leaving.tier), None)
-    if tier is None or tier.name in decision.down:
-        return decision
-    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+    if decision.rung in ("explicit", "fim", "trigger"):
         return decision
     if loop:
         why = "amid its tool calls"
@@ -1337,7 +1430,13 @@ def stay_or_go(decision: Decision, leaving: Leaving, loop: bool) -> Decision:
         why = f"leaving it costs {about_s(leaving.cost_s)}"
     else:
         return decision
-    others = tuple(t for t in decision.chain if t is not tier)
+    tier = decision.config.by_name(leaving.tier)
+    # A reload may have removed it, or given it a role that is not the ladder's.
+    if tier is None or tier not in decision.preference or tier.name in decision.down:
+        return decision
+    if tokens_needed(decision.facts, tier) > tier.ctx_size:
+        return decision
+    others = [other for other in decision.chain if other is not tier]
     return decision._replace(tier=tier.name, chain=(tier, *others), stays=why)
 
 
@@ -1347,18 +1446,9 @@ _MODEL_VALUE = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*(" + _STRING + rb"|null)", re.
 _OPENING = re.compile(rb"[ \t\r\n]*\{[ \t\r\n]*(\}?)")
 
 
-def model_spans(body: bytes) -> List[Tuple[int, int]]:
-    """Where the value of the top-level "model" stands in a JSON object's bytes, for each time.
-
-    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling
-    anywhere is the key itself: no need to walk a 400 kB prompt.
-    """
-    key = body.rfind(b'"model"')                # on prose three times as fast as find()
-    lone = key >= 0 and body.rfind(b'"model"', 0, key) < 0
-    if lone and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
-        match = _MODEL_VALUE.match(body, key + 7)
-        return [match.span(1)] if match else []
-    spans = []
+def _model_keys(body: bytes) -> List[int]:
+    """Where each top-level string that spells "model" ends, in a JSON object's bytes."""
+    ends = []
     depth = 0
     for token in _TOKENS.finditer(body):
         text = token.group()
@@ -1366,10 +1456,30 @@ def model_spans(body: bytes) -> List[Tuple[int, int]]:
             depth += 1
         elif text in (b"}", b"]"):
             depth -= 1
+        # With each of its letters escaped it has 32 bytes; a longer one need not be decoded.
         elif depth == 1 and len(text) < 64 and json.loads(text) == "model":
-            match = _MODEL_VALUE.match(body, token.end())
-            if match:
-                spans.append(match.span(1))
+            ends.append(token.end())
+    return ends
+
+
+def model_spans(body: bytes) -> List[Tuple[int, int]]:
+    """Where the value of the top-level "model" stands in a JSON object's bytes, for each time.
+
+    A quote inside a JSON string is always escaped, so a lone `"model"` without an escaped spelling
+    anywhere is the key itself: no need to walk a 400 kB prompt.
+    """
+    keys = []                                   # where one ends
+    key = body.rfind(b'"model"')                # on prose three times as fast as find()
+    lone = key >= 0 and body.rfind(b'"model"', 0, key) < 0
+    if lone and (body.find(b"\\") < 0 or body.rfind(b"\\u00") < 0):
+        keys.append(key + len(b'"model"'))
+    else:
+        keys = _model_keys(body)
+    spans = []
+    for end in keys:
+        value = _MODEL_VALUE.match(body, end)
+        if value:
+            spans.append(value.span(1))
     return spans
 
 
@@ -1380,7 +1490,7 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
     are members (`"top_p":0.9`) that the body has not got; they go to its front.
     """
     value = b'"%b"' % name.encode()             # a tier's name has nothing to escape
-    view: Any = memoryview(body)
+    view: Any = memoryview(body)                # its slices are no copies of a long prompt
     pieces: List[bytes] = []
     done = 0
     if not present:
@@ -1391,6 +1501,7 @@ def with_model(body: bytes, present: bool, name: str, more: Sequence[bytes] = ()
         pieces = [view[:done], b",".join(more)]
         if not opening.group(1):                # members follow
             pieces.append(b",")
+    # A key that is there twice is changed each time: readers differ in which one counts.
     if present:
         for start, end in model_spans(body):
             pieces += [view[done:start], value]
@@ -3448,12 +3559,12 @@ def anthropic_models(entries: Sequence[Mapping[str, Any]]) -> Dict[str, Any]:
 # becomes a GgufHeader, its hyperparameters _Layers; estimate_memory sums what they take of cards
 # and host; fit_tier holds that against a Machine. No file is opened here: FIT has those.
 #
-# Weights, KV cache and recurrent state are
-# llama.cpp's own sums at b11549 (llama-hparams.cpp, llama-kv-cache.cpp, llama-kv-cache-iswa.cpp,
-# llama-memory-recurrent.cpp, llama-model.cpp). The compute buffer is what its allocator makes of
-# the widest layer, fitted to its own report for the real dimensions of 18 models of 9
-# architectures: within 15 % of that buffer, within 3 % of small models and 0.5 % of those
-# (tests/test_fit.py). What CUDA adds was measured on a card (tests/test_memory.py).
+# Weights, KV cache and recurrent state are llama.cpp's own sums at b11549 (llama-hparams.cpp,
+# llama-kv-cache.cpp, llama-kv-cache-iswa.cpp, llama-memory-recurrent.cpp, llama-model.cpp). The
+# compute buffer is what its allocator makes of the widest layer, fitted to its own report for the
+# real dimensions of 18 models of 9 architectures: within 15 % of that buffer, within 3 % of small
+# models and 0.5 % of those (tests/test_fit.py). What CUDA adds was measured on a card
+# (tests/test_memory.py).
 
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024      # the largest vocabularies take 20 MB
 MAX_GGUF_ENTRIES = 65_536
@@ -5254,7 +5365,7 @@ _REQUEST_LINE = re.compile(
 _ABSOLUTE_FORM = re.compile(rb"https?://[^/?]+(.*)\Z", re.IGNORECASE)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: (.*))?\Z", re.DOTALL)
 _TOKEN_BYTES = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})
+_CONTROL_BYTES = bytes({*range(0x20), 0x7f} - {0x09})       # a tab may stand within a value
 _NAKED_NEWLINE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?\Z")
 _WHOLE_SIZE = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")   # of a chunk that is not the last
@@ -5318,9 +5429,12 @@ def head_end(data: Union[bytes, bytearray], searched: int = 0) -> int:
     """
     # The last three bytes may be the beginning of the empty line.
     end = data.find(b"\r\n\r\n", max(searched - 3, 0))
-    length = end if end >= 0 else len(data) - 3
+    length = end
+    if end < 0:
+        length = len(data) - 3
     if length > MAX_HEAD_BYTES:
         raise HttpError(400, f"head over {MAX_HEAD_BYTES:,} bytes")
+    # Who ends lines so never sends the empty line: said now, and not when its time is over.
     if end < 0 and _NAKED_NEWLINE.search(data, max(searched - 1, 0)):
         raise HttpError(400, "a line ends in a bare CR or LF")
     return end
@@ -5338,18 +5452,19 @@ def _split_head(head: bytes) -> List[bytes]:
 def _split_header(line: bytes) -> Header:
     """Errors: ValueError. A folded line (5.2) begins with white space, so it has no name."""
     name, colon, value = line.partition(b":")
-    if not colon or not name or name.translate(None, _TOKEN_BYTES):
+    strange = name.translate(None, _TOKEN_BYTES)
+    if strange or not name or not colon:
         raise ValueError("malformed header line")
     return name.lower(), value.strip(b" \t"), line
 
 
-
 def _connection_words(headers: Sequence[Header]) -> FrozenSet[bytes]:
     """The lower-case words of all Connection headers."""
-    said = [value for name, value, _ in headers if name == b"connection"]
-    if not said:
-        return frozenset()
-    return frozenset(word.strip().lower() for word in b",".join(said).split(b","))
+    words: List[bytes] = []
+    for name, value, _ in headers:
+        if name == b"connection":
+            words += value.lower().split(b",")
+    return frozenset(word.strip() for word in words)
 
 
 def _origin_form(method: bytes, target: bytes) -> bytes:
@@ -5362,7 +5477,9 @@ def _origin_form(method: bytes, target: bytes) -> bytes:
     if absolute is None:
         raise HttpError(400, "the target is no path; it begins with /")
     path = absolute.group(1)
-    return path if path.startswith(b"/") else b"/" + path
+    if not path.startswith(b"/"):               # nothing but a query behind the host, or nothing
+        path = b"/" + path
+    return path
 
 
 def _parse_request_line(line: bytes) -> Tuple[str, str, int]:
@@ -5384,8 +5501,10 @@ _known_request_line = functools.lru_cache(maxsize=64)(_parse_request_line)
 
 def _request_length(fields: Mapping[bytes, bytes], minor: int) -> int:
     """How long a request's body is in bytes, -1 for a chunked one (6.3). Errors: HttpError 400."""
-    length, coding = fields.get(b"content-length"), fields.get(b"transfer-encoding")
+    length = fields.get(b"content-length")
+    coding = fields.get(b"transfer-encoding")
     if coding is not None:
+        # One program goes by the length and the next by the chunks: what is between is smuggled.
         if length is not None or coding.lower() != b"chunked" or minor == 0:
             raise HttpError(400, "Transfer-Encoding beside Content-Length, or other than chunked")
         return -1
@@ -5406,6 +5525,7 @@ def parse_request_head(head: bytes) -> Request:
         parse_line, split = _known_request_line, _known_header
     try:
         first, *lines = _split_head(head)
+        # More are refused below, by the number of lines: they are not worth the work.
         headers = tuple(map(split, lines[:MAX_HEADERS]))
     except ValueError as exc:
         raise HttpError(400, str(exc)) from None
@@ -5414,7 +5534,7 @@ def parse_request_head(head: bytes) -> Request:
         raise HttpError(400, f"more than {MAX_HEADERS} headers")
     # In reverse: of a header that is there twice, the first counts.
     fields = {name: value for name, value, _ in reversed(headers)}
-    if len(fields) < len(headers):
+    if len(fields) < len(headers):              # one is there twice
         names = [name for name, _, _ in headers]
         for name in _SINGLE:
             if names.count(name) > 1:
@@ -5457,6 +5577,17 @@ def _response_length(headers: Sequence[Header]) -> int:
     return max(lengths, default=-1)
 
 
+def _response_framing(method: str, status: int, coding: bytes, length: int) -> str:
+    """How the end of an answer's body is known (6.3): none | chunked | length | close."""
+    if method == "HEAD" or status < 200 or status in (204, 304):
+        return "none"
+    if coding == b"chunked":
+        return "chunked"
+    if length >= 0:
+        return "length"
+    return "close"
+
+
 @functools.lru_cache(maxsize=32)
 def parse_response_head(head: bytes, method: str) -> Response:
     """Parse an upstream's head (without its empty line). Errors: ValueError.
@@ -5471,23 +5602,16 @@ def parse_response_head(head: bytes, method: str) -> Response:
     status = int(code)
     headers = [_split_header(line) for line in lines]
     fields = {name: value.lower() for name, value, _ in headers}
-    codings = fields.get(b"transfer-encoding", b"").split(b",")
-    coding = codings[-1].strip()
     length = _response_length(headers)
-    if method == "HEAD" or status in (204, 304) or status < 200:
-        framing = "none"
-    elif coding == b"chunked":
-        framing = "chunked"
-    elif length >= 0:
-        framing = "length"
-    else:
-        framing = "close"
+    _, _, coding = fields.get(b"transfer-encoding", b"").rpartition(b",")
+    framing = _response_framing(method, status, coding.strip(), length)
     words = _connection_words(headers)
     stays = minor == b"1" or b"keep-alive" in words
     text = [b"HTTP/1.1 " + code + b" " + reason]
-    if status == 101:
+    if status == 101:                           # what follows is between client and upstream
         text += lines
     else:
+        # How it is framed to the client is the relay's to say, and which page may read it ours.
         drop = _NO_LENGTH | _OF_PAGES | words
         text += [line for name, _, line in headers if name not in drop]
         # Once, however often it was said; a HEAD's answer says what a GET's would be.
@@ -5563,7 +5687,9 @@ class ChunkFraming:
     def feed(self, data: bytes) -> bytes:
         before = self._state, self._left, self._line
         payload: List[bytes] = []
-        position, end = 0, len(data)
+        position = 0
+        end = len(data)
+        # A step takes what it can of the data; one that has not enough keeps its part in _line.
         try:
             while position < end and self._state != _DONE:
                 position = self._take_whole(data, position, payload)
@@ -5578,7 +5704,7 @@ class ChunkFraming:
             raise
         self.ended = self._state == _DONE
         self.over += end - position
-        return payload[0] if len(payload) == 1 else b"".join(payload)
+        return b"".join(payload)                # of one piece, that is the piece itself
 
     def _take_whole(self, data: bytes, position: int, payload: List[bytes]) -> int:
         """Take the chunks that have come from their size to their CRLF, as nearly all have.
@@ -5610,7 +5736,8 @@ class ChunkFraming:
         missing = b"\r\n"[len(self._line):]
         came = data[position:position + len(missing)]
         if came == missing:
-            self._state, self._line = _SIZE, b""
+            self._state = _SIZE
+            self._line = b""
         elif came == b"\r" and missing == b"\r\n":
             self._line = came
         else:
@@ -5620,7 +5747,9 @@ class ChunkFraming:
     def _take_line(self, data: bytes, position: int) -> int:
         """A chunk's size, or a trailer."""
         newline = data.find(b"\n", position)
-        behind = newline + 1 if newline >= 0 else len(data)
+        behind = newline + 1
+        if newline < 0:
+            behind = len(data)
         line = self._line + data[position:behind]
         if len(line) > MAX_FRAMING_LINE_BYTES:
             raise ValueError("a line of the chunk framing is too long")
@@ -5643,7 +5772,8 @@ class ChunkFraming:
         self._left = int(match.group(1), 16)
         self._state = _DATA
         if not self._left:
-            self._state, self._left = _TRAILER, MAX_HEADERS
+            self._state = _TRAILER
+            self._left = MAX_HEADERS
 
     def _end_trailer(self, line: bytes) -> None:
         if not line:
@@ -5676,8 +5806,9 @@ def chunk(data: bytes) -> bytes:
 def _unpacker(coding: str) -> Any:
     """What undoes a Content-Encoding, with the methods of zlib's. Errors: HttpError 415."""
     import zlib
+    # The largest window; 16 more says that it is gzip's wrapping, not zlib's.
     if coding in ("gzip", "x-gzip"):
-        return zlib.decompressobj(31)
+        return zlib.decompressobj(15 + 16)
     if coding == "deflate":
         return zlib.decompressobj(15)
     if coding == "zstd":
@@ -5695,6 +5826,7 @@ def decoded_body(coding: str, body: bytes) -> bytes:
 
     It never grows beyond MAX_BODY_BYTES, however much is packed into it.
     """
+    # Named in the order in which they were done. Two at most: nobody packs a body three times.
     for name in reversed(coding.lower().split(",")[:2]):
         name = name.strip()
         if name in ("", "identity"):
@@ -5725,11 +5857,11 @@ def form_model(content_type: str, body: bytes) -> Tuple[int, int]:
     part = body.find(mark)
     while part >= 0:
         following = body.find(b"\r\n" + mark, part)
-        head_end = body.find(b"\r\n\r\n", part)
-        if following < 0 or head_end < 0:
+        blank = body.find(b"\r\n\r\n", part)    # between a part's headers and its value
+        if following < 0 or blank < 0:
             break
-        if head_end < following and _MODEL_PART.search(body[part:head_end]):
-            return head_end + 4, following
+        if blank < following and _MODEL_PART.search(body[part:blank]):
+            return blank + 4, following
         part = following + 2
     return 0, 0
 
@@ -5749,8 +5881,8 @@ def error_json(message: str, kind: str, code: Union[int, str, None] = None,
     value: Dict[str, Any] = {
         "error": {"message": message, "type": kind, "param": None, "code": code}}
     if protocol.startswith("/v1/messages"):
-        value = {"type": "error", "error": {"type": _ANTHROPIC_KINDS.get(kind, kind),
-                                            "message": message}}
+        kind = _ANTHROPIC_KINDS.get(kind, kind)
+        value = {"type": "error", "error": {"type": kind, "message": message}}
     return json.dumps(value, ensure_ascii=False).encode()
 
 
@@ -5761,21 +5893,28 @@ def _failed_response(message: str, kind: str) -> bytes:
     comes behind it: the libraries' newest would find that its id is none they know.
     """
     error = {"code": "server_error", "message": message}
-    failed = {"type": "response.failed", "sequence_number": 1, "response": {
-        "id": "", "object": "response", "status": "failed", "output": [], "error": error}}
-    said = {"type": "error", "sequence_number": 0, "param": None, **error,
-            "error": {**error, "type": kind, "param": None}}
-    return b"".join(
-        f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False)}\n\n".encode()
-        for event in (said, failed))
+    said = {
+        "type": "error",
+        "sequence_number": 0,
+        "param": None,
+        **error,
+        "error": {**error, "type": kind, "param": None},
+    }
+    response = {"id": "", "object": "response", "status": "failed", "output": [], "error": error}
+    failed = {"type": "response.failed", "sequence_number": 1, "response": response}
+    text = ""
+    for event in (said, failed):
+        data = json.dumps(event, ensure_ascii=False)
+        text += f"event: {event['type']}\ndata: {data}\n\n"
+    return text.encode()
 
 
 def error_event(message: str, kind: str = "upstream_error", protocol: str = "") -> bytes:
-    """A server-sent event that says a stream has failed.
-
-    opencode (1.18) asks again upon the word server_error.
-    """
-    body = error_json(message, kind, "server_error" if kind == "server_error" else None, protocol)
+    """A server-sent event that says a stream has failed."""
+    code = None
+    if kind == "server_error":                  # opencode (1.18) asks again upon this word
+        code = kind
+    body = error_json(message, kind, code, protocol)
     if protocol.startswith("/v1/messages"):
         return b"event: error\ndata: " + body + b"\n\n"
     if protocol == "/v1/responses":
@@ -5814,8 +5953,8 @@ def origin_matches(origin: str, pattern: str) -> bool:
     scheme, _, place = origin.lower().partition("://")
     wanted, found, where = pattern.rpartition("://")
     if not found:
-        host = place.rpartition(":")[0] or place
-        return scheme in ("http", "https") and host_matches(host, where)
+        host, _, _ = place.rpartition(":")
+        return scheme in ("http", "https") and host_matches(host or place, where)
     if scheme != wanted:
         return False
     return where == "*" or host_matches(place, where)
@@ -5831,20 +5970,23 @@ def refusal(request: Request, loopback: bool, origins: Sequence[str] = (),
     """
     host = request.header(b"host")
     if loopback and host and not is_loopback(host):
-        name = host.lower().partition(":")[0]
-        if not any(host_matches(name, pattern.partition(":")[0]) for pattern in hosts):
+        name, _, _ = host.lower().partition(":")
+        patterns = [pattern.partition(":")[0] for pattern in hosts]
+        if not any(host_matches(name, pattern) for pattern in patterns):
             return (f"Host {host!r} is not this machine; use 127.0.0.1,"
                     " or name it in allowed_hosts of models.ini")
     if b"origin" in request.fields:
         origin = request.header(b"origin")
-        place = origin.split("://", 1)[-1]
         if any(origin_matches(origin, pattern) for pattern in origins):
             return ""
+        place = origin.split("://", 1)[-1]
+        # In a network, our own page comes from the address that it is asked at.
         if not is_loopback(place) and (loopback or place != host):
             return (f"Origin {origin!r} may not use this router;"
                     " allowed_origins in models.ini names pages that may")
         return ""
-    if loopback and request.fields.get(b"sec-fetch-site", b"").lower() == b"cross-site":
+    site = request.fields.get(b"sec-fetch-site", b"")
+    if loopback and site.lower() == b"cross-site":
         return "cross-site requests may not use this router"
     return ""
 
@@ -5880,6 +6022,7 @@ def tokens_said(said: bytes) -> Counts:
     counts = _COUNT.findall(said)
     if not counts:
         return NOTHING_COUNTED
+    # A stream may say a number more than once, as it grows: the largest is the last.
     found: Dict[bytes, float] = {}
     for name, value in counts:
         found[name] = max(found.get(name, 0.0), float(value))
@@ -5905,7 +6048,7 @@ def tokens_said(said: bytes) -> Counts:
 
 
 # Words of servers and providers for a prompt that is too long -> where its tokens stand. Sources:
-# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang and LiteLLM as seen.
+# llama.cpp server-context.cpp; errors of OpenAI, Anthropic, vLLM, SGLang, TGI and LiteLLM as seen.
 _TOO_LONG = re.compile(
     r"exceed_context_size_error|context_length_exceeded|ContextWindowExceeded"
     r"|prompt is too long|maximum (?:context|prompt) length|exceed context limit"
@@ -5913,6 +6056,7 @@ _TOO_LONG = re.compile(
     r"|longer than the (?:model's context|maximum model length)"
     r"|input (?:tokens? )?(?:is |are )?too long"
     r"|exceeds the maximum (?:number of tokens|context|allowed length \([0-9]+ tokens)"
+    r"|must have less than [0-9]+ tokens|`inputs` tokens \+"
     r"|too many tokens", re.IGNORECASE)
 # The prompt's own count comes before one that has the answer's room in it.
 _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
@@ -5921,6 +6065,7 @@ _PROMPT_TOKENS = tuple(re.compile(pattern, re.IGNORECASE) for pattern in (
     r"prompt is too long: ([0-9]+) tokens",
     r"exceed context limit: ([0-9]+)",
     r"resulted in ([0-9]+) tokens",
+    r"given: ([0-9]+)",
     r"([0-9]+) (?:in the messages|in your prompt|of text input|tokens from the input)",
     r"(?:requested|contains?(?: at least)?|has) ([0-9]+)(?: input)? tokens",
     r"length of (?:prompt|input)[^0-9]{0,20}\(?([0-9]+)",
@@ -5934,9 +6079,11 @@ def prompt_tokens_said(status: int, text: str) -> int:
 
     0 for any other error; 1 where it is too long and its tokens are not said.
     """
-    if status not in (400, 413, 422, 500) or not _TOO_LONG.search(text[:RECV_BYTES]):
+    if status not in (400, 413, 422, 500):
         return 0
-    text = text.replace(",", "")
+    if not _TOO_LONG.search(text[:RECV_BYTES]):
+        return 0
+    text = text.replace(",", "")                # some write 131,072
     for pattern in _PROMPT_TOKENS:
         found = pattern.search(text)
         if found:
@@ -5973,6 +6120,7 @@ def falls_through(status: int, hosted: bool = False) -> bool:
     """
     if hosted and status in (402, 404):
         return True
+    # 401 and 403 are about our key for that tier, which no other tier asks for.
     return status in (401, 403, 408, 429) or status >= 500
 
 
@@ -5996,7 +6144,10 @@ _SESSION_HEADERS = {b"x-session-affinity": "opencode", b"x-claude-code-session-i
 
 def client_named(fields: Mapping[bytes, bytes]) -> str:
     """The client that a request's session header belongs to, "" for any other."""
-    return next((client for name, client in _SESSION_HEADERS.items() if fields.get(name)), "")
+    for name, client in _SESSION_HEADERS.items():
+        if fields.get(name):
+            return client
+    return ""
 
 
 def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) -> Tuple[str, str]:
@@ -6019,9 +6170,11 @@ def conversation_keys(fields: Mapping[bytes, bytes], body: Mapping[str, Any]) ->
             key = fields[name].decode("latin-1")
             break
     if isinstance(key, str) and key:
-        key = key[:200]
+        key = key[:200]                         # a client's own word: as long as it likes
     else:
-        text = "\0".join(begins) or _plain_text(body.get("prompt"))[:4096]
+        text = "\0".join(begins)
+        # A completion has no messages; its prompt grows, so only how it begins is the same.
+        text = text or _plain_text(body.get("prompt"))[:4096]
         key = f"{hash(text):x}" if text else ""
     if not key or first is None:
         return key, ""
@@ -6060,10 +6213,13 @@ def _message_segment(message: Mapping[str, Any]) -> Segments:
 def prompt_segments(body: Mapping[str, Any]) -> Segments:
     """A prompt's parts as it is read, told by digests: system text, tools, then each message."""
     messages = _messages(body)
-    first = 0
-    while first < len(messages) and messages[first].get("role") in ("system", "developer"):
+    first = 0                                   # that is not the system's
+    for message in messages:
+        if message.get("role") not in ("system", "developer"):
+            break
         first += 1
     system = [body.get("system"), body.get("instructions"), *messages[:first]]
+    # Templates put the tools before the messages, wherever a body has them.
     tools = [body.get("tools"), body.get("functions")]
     found = [*_segment(system), *_segment(tools)]
     for message in messages[first:]:
@@ -6078,7 +6234,8 @@ def same_beginning(before: Segments, now: Segments) -> Tuple[float, str]:
     """
     same_chars = 0
     for i in range(0, len(before), 2):
-        if before[i:i + 2] != now[i:i + 2]:
+        end = i + 2
+        if before[i:end] != now[i:end]:
             part = i // 2                       # 0: the system's, 1: the tools, then messages
             where = f"message {part - 1}"
             if part < 2:
@@ -7302,11 +7459,11 @@ def rotate_foreign_log(path: str) -> None:
         pass
 
 
-def tail_of(path: str, lines: int = 12) -> str:
-    """The last lines of a log, fit to print, without their colours."""
+def tail_of(path: str, lines: int = 12, begin: int = 0) -> str:
+    """The last lines of a log, fit to print, without their colours; none before byte `begin`."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file_size(path) - 8192))
+            file.seek(max(begin, file_size(path) - 8192))
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
@@ -8527,8 +8684,9 @@ def await_answer(what: str, process: Any, is_up: Callable[[], bool], log: str, l
         if code is None:
             problem = f"did not answer within {patience_s} s at start"
         # What stood in the log before is of an earlier start.
-        if file_size(log) > log_bytes:
-            problem += f":\n{tail_of(log)}"
+        tail = tail_of(log, begin=log_bytes)
+        if tail:
+            problem += f":\n{tail}"
         raise UserError(f"{what} {problem}", f"see {log}")
 
 
@@ -8967,10 +9125,12 @@ def _readable(sock: socket.socket) -> bool:
 def _peek(sock: socket.socket) -> Optional[bytes]:
     """What could be received now without waiting: None for nothing, b"" for the end."""
     try:
-        if hasattr(sock, "cipher"):             # TLS has no peeking: what is there is its end
-            return b"" if _readable(sock) else None
-        if not _DONTWAIT and not _readable(sock):
+        is_tls = hasattr(sock, "cipher")
+        # Windows cannot peek without waiting, and TLS not at all: what is there is its end.
+        if (is_tls or not _DONTWAIT) and not _readable(sock):
             return None
+        if is_tls:
+            return b""
         return sock.recv(1, _PEEK)
     except BlockingIOError:
         return None
@@ -9020,14 +9180,19 @@ class Client:
         self.minor = 1
         self.origin = b""                       # of the page that asks
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _set_patience(sock, max(int(min(5.0, head_timeout_s / 3) * 1000), 1))
+        # How often a silent client's time is looked at; how long that is, its readers say.
+        patience_s = min(5.0, head_timeout_s / 3)
+        _set_patience(sock, max(int(patience_s * 1000), 1))
 
     # ---- reading
 
     def read_request(self) -> Optional[Request]:
         """The next request, or None when the client is done. Errors: HttpError."""
-        self.answering, self.method, self.minor, self.origin = False, "", 1, b""
-        self.opened, self.protocol = False, ""
+        # Nothing of the last request is said of this one, be it only that it is malformed.
+        self.answering = self.opened = False
+        self.method = self.protocol = ""
+        self.minor = 1
+        self.origin = b""
         head = self._read_head()
         if head is None:
             return None
@@ -9058,7 +9223,7 @@ class Client:
                     self._buffer = bytes(buffer[end + 4:])
                     return bytes(buffer[:end])
                 searched = len(buffer)
-            elif self.served:
+            elif self.served:                   # it may rest between two requests, not before one
                 self.asking_since = 0.0
             try:
                 data = self._sock.recv(RECV_BYTES)
@@ -9078,7 +9243,9 @@ class Client:
 
     @property
     def _head_limit_s(self) -> float:
-        return self.head_timeout_s if self.asking_since else IDLE_CLIENT_S
+        if self.asking_since:
+            return self.head_timeout_s
+        return IDLE_CLIENT_S
 
     def read_body(self, request: Request) -> bytes:
         """The whole body, de-chunked. Errors: HttpError 400, 408, 413; ClientGone."""
@@ -9101,7 +9268,8 @@ class Client:
         while filled < length:
             # Grows with what has come: saying much costs nothing.
             if filled == len(body):
-                body.extend(bytes(min(length - filled, max(filled, RECV_BYTES))))
+                more = max(filled, RECV_BYTES)
+                body.extend(bytes(min(more, length - filled)))
             with memoryview(body)[filled:] as rest:
                 filled += self._wait_for(self._sock.recv_into, rest)
         return body                             # type: ignore[return-value]  # read like bytes
@@ -9171,7 +9339,7 @@ class Client:
         while view:
             try:
                 sent = self._sock.send(view)
-                if sent == len(view):
+                if sent == len(view):           # nearly always, and at once
                     return
                 view, moved = view[sent:], time.monotonic()
             except _LAPSED:
@@ -9191,10 +9359,13 @@ class Client:
             b"Content-Type: " + content_type.encode(),
             b"Content-Length: %d" % len(body),
         ]
-        head = b"\r\n".join(lines) + b"\r\n" + self.connection_line() + self.for_page()
-        head += extra + b"\r\n"
+        answer = b"\r\n".join(lines) + b"\r\n"
+        answer += self.connection_line() + self.for_page()
+        answer += extra + b"\r\n"
+        if self.method != "HEAD":
+            answer += body                      # in one system call, and most often one packet
         self.answering = True
-        self.send(head if self.method == "HEAD" else head + body)
+        self.send(answer)
 
     def reply_json(self, value: Any, status: int = 200, extra: bytes = b"") -> None:
         """Answer ourselves with a value as JSON."""
@@ -9204,7 +9375,9 @@ class Client:
         """The header line that says whether the connection stays, where its version does not."""
         if not self.keep_alive:
             return b"Connection: close\r\n"
-        return b"" if self.minor else b"Connection: keep-alive\r\n"
+        if not self.minor:
+            return b"Connection: keep-alive\r\n"
+        return b""
 
     def for_page(self) -> bytes:
         """Header lines with which a browser lets the page that asked read the answer."""
@@ -9227,18 +9400,25 @@ class Client:
         `extra` are more header lines, each with its CRLF.
         """
         self.keep_alive = self.keep_alive and self.minor == 1
-        lines = [b"HTTP/1.1 200 OK", b"Server: llmstack", b"Content-Type: text/event-stream",
-                 b"Cache-Control: no-cache"]
+        lines = [
+            b"HTTP/1.1 200 OK",
+            b"Server: llmstack",
+            b"Content-Type: text/event-stream",
+            b"Cache-Control: no-cache",
+        ]
         if self.minor == 1:
             lines.append(b"Transfer-Encoding: chunked")
         if not self.keep_alive:
             lines.append(b"Connection: close")
         self.answering = self.opened = True
-        self.send(b"\r\n".join(lines) + b"\r\n" + self.for_page() + extra + b"\r\n")
+        head = b"\r\n".join(lines) + b"\r\n"
+        self.send(head + self.for_page() + extra + b"\r\n")
 
     def send_event(self, event: bytes) -> None:
         """An event or comment of a stream that open_stream began."""
-        self.send(chunk(event) if self.minor == 1 else event)
+        if self.minor == 1:
+            event = chunk(event)
+        self.send(event)
 
     def half_close(self) -> None:
         """Nothing more is said; what the client still sends meets no reset."""
@@ -9260,7 +9440,7 @@ class Client:
         """Say no more, and take what the client still says. Errors: OSError, ValueError."""
         self.half_close()
         _set_patience(self._sock, 200)
-        for _ in range(64):
+        for _ in range(64):                     # who never stops talking is not listened to
             if not self._sock.recv(RECV_BYTES):
                 return
 
@@ -9273,6 +9453,7 @@ class Client:
                 _set_patience(sock, int(self.send_timeout_s * 1000))
                 ready.register(sock, selectors.EVENT_READ)
             try:
+                # What came right behind the request belongs to the new protocol.
                 upstream.sendall(self._buffer)
                 _carry_all(ready, other)
             except OSError:
@@ -9284,6 +9465,7 @@ JSON_LINE = b"Content-Type: application/json\r\n"
 
 def _pieces(sock: socket.socket, timeout_s: float, limit_bytes: int) -> Iterator[bytes]:
     """What comes, up to the connection's end. Errors: OSError past the time, ValueError."""
+    # For all of it: a byte a second would have no end, either.
     deadline = time.monotonic() + timeout_s
     total = 0
     while True:
@@ -9311,6 +9493,7 @@ def _read_answer(pieces: Iterator[bytes], method: str) -> Tuple[Response, bytes]
         if not piece:
             raise ValueError("the answer ended early")
         data += piece
+        # The beginning of its body may have come with it.
         if len(data) > MAX_HEAD_BYTES + RECV_BYTES:
             raise ValueError("an answer without end")
         end = data.find(b"\r\n\r\n", max(searched - 3, 0))
@@ -9340,8 +9523,12 @@ class Upstream:
         self.prefix = prefix.rstrip("/")
         self._idle: Any = collections.deque()   # (since, socket), the last used at the right
         self._context: Any = None
-        scheme, usual_port = ("https", 443) if tls else ("http", 80)
-        authority = f"[{host}]" if ":" in host else host
+        scheme, usual_port = "http", 80
+        if tls:
+            scheme, usual_port = "https", 443
+        authority = host
+        if ":" in host:                         # an address of IPv6
+            authority = f"[{host}]"
         if port != usual_port:
             authority += f":{port}"
         self.authority = authority.encode("ascii")
@@ -9360,6 +9547,7 @@ class Upstream:
                 self._context = self._context or ssl.create_default_context()
                 sock = self._context.wrap_socket(sock, server_hostname=self.host)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Python's timeout polls before each call; the kernel's costs no system call.
             sock.settimeout(None)
             _set_patience(sock, PATIENCE_MS)
         except BaseException:
@@ -9374,13 +9562,15 @@ class Upstream:
                 since, sock = self._idle.pop()
             except IndexError:                  # another thread took the last one
                 break
+            is_fresh = time.monotonic() - since < IDLE_UPSTREAM_S
             # Whatever came meanwhile, an end or a late 408, is no answer to what is asked now.
-            if time.monotonic() - since < IDLE_UPSTREAM_S and not _readable(sock):
+            if is_fresh and not _readable(sock):
                 return sock, True
             sock.close()
         return self.connect(client), False
 
     def checkin(self, sock: socket.socket) -> None:
+        # As the last one is taken first, those that are not needed grow old and are closed.
         if len(self._idle) < MAX_CONNECTIONS:
             self._idle.append((time.monotonic(), sock))
         else:
@@ -9414,6 +9604,7 @@ class Upstream:
             headers + b"Content-Length: %d" % len(body),
             b"Connection: close",
         ]
+        # No kept one: each of these may be the last thing that is asked of that host.
         sock = self.connect()
         try:
             sock.settimeout(timeout_s)
@@ -9451,10 +9642,10 @@ def parse_upstream(url: str) -> Upstream:
     if not plain or not parts.hostname or parts.query or parts.username:
         raise UserError(f"{url!r} is not a plain http or https URL", hint, 2)
     tls = parts.scheme == "https"
-    prefix = parts.path.rstrip("/")
-    if prefix.endswith("/v1"):
-        prefix = prefix[:-3]
-    return Upstream(parts.hostname, port or (443 if tls else 80), prefix, tls)
+    if not port:
+        port = 443 if tls else 80
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    return Upstream(parts.hostname, port, prefix, tls)
 
 
 class Outcome(NamedTuple):
@@ -9471,6 +9662,11 @@ class Outcome(NamedTuple):
     first_byte_s: float = 0.0                   # from the sending of the request
     # Of a hosted answer, in dollars, where LiteLLM says it.
     cost: float = 0.0
+
+    @property
+    def answered(self) -> bool:
+        """Whether it was passed on whole, and is no error."""
+        return self.state == "done" and self.status < 400
 
 
 class Translation:
@@ -9490,7 +9686,6 @@ class Terms(NamedTuple):
     """What a relay heeds besides the request: the defaults pass everything on as it comes."""
 
     extra: Optional[Callable[[], bytes]] = None         # makes header lines for the answer
-    drop: FrozenSet[bytes] = frozenset()                # headers of the client that stay here
     # True: an error another tier may do better on.
     judge: Optional[Callable[[int, str], bool]] = None
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
@@ -9501,9 +9696,6 @@ class Terms(NamedTuple):
     translation: Optional[Translation] = None           # the shape in which the client gets it
     # Longest wait in all for the first byte, 0: any.
     patience_s: float = 0.0
-
-
-AS_IT_COMES = Terms()
 
 
 class _NoAnswer(Exception):  # noqa: N818
@@ -9558,6 +9750,7 @@ class _Receiver:
             except OSError as exc:
                 raise UpstreamBroken(_why_unreachable(exc)) from None
             now = time.monotonic()
+            # Whatever has come is of no use to a client that has left.
             if received < 0 or now >= self._look_at_s:
                 self._look_at_s = now + LOOK_S
                 if self._client.gone():
@@ -9576,11 +9769,13 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
     Errors: OSError; ClientGone for a client that leaves meanwhile.
     """
     left = sum(map(len, pieces))
+    is_tls = hasattr(sock, "cipher")
     # Gathering spares a copy of a 400 kB prompt.
-    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not hasattr(sock, "cipher")
-    views: List[Any] = [b"".join(pieces)]
+    gather = left > RECV_BYTES and hasattr(sock, "sendmsg") and not is_tls
     if gather:
-        views = [memoryview(p) for p in pieces if len(p)]
+        views: List[Any] = [memoryview(piece) for piece in pieces if len(piece)]
+    else:
+        views = [b"".join(pieces)]
     while True:
         try:
             # The kernel takes 1,024 pieces at most.
@@ -9589,7 +9784,7 @@ def _send_upstream(sock: socket.socket, pieces: Sequence[bytes], client: Client)
             if client.gone():
                 raise ClientGone from None
             # With TLS, what has come may be a session ticket.
-            if not hasattr(sock, "cipher") and _peek(sock) is not None:
+            if not is_tls and _peek(sock) is not None:
                 return False
             continue
         except OSError:
@@ -9624,6 +9819,8 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             if not end_s:
                 raise _NoAnswer
             raise UpstreamBroken("closed the connection in the middle of its head")
+        # A model may read its prompt for an hour before it says a byte; from then on it may not
+        # rest.
         end_s = end_s or time.monotonic() + HEAD_TIMEOUT_S
         data += more
         head, found, rest = data.partition(b"\r\n\r\n")
@@ -9637,7 +9834,8 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
             interim += 1
             data = rest
             head, found, rest = data.partition(b"\r\n\r\n")
-        if len(data) > MAX_HEAD_BYTES or interim > MAX_INTERIM or time.monotonic() > end_s:
+        is_late = time.monotonic() > end_s
+        if is_late or interim > MAX_INTERIM or len(data) > MAX_HEAD_BYTES:
             raise UpstreamBroken("its head does not end")
 
 
@@ -9645,30 +9843,37 @@ def _receive_head(receiver: _Receiver, method: str) -> Tuple[Response, bytes]:
 UNCOMPRESSED = (b"accept-encoding", b"identity", b"Accept-Encoding: identity")
 
 
+def without_headers(request: Request, names: Container[bytes]) -> Request:
+    """The request without the headers of these names; its `fields` say on what they were."""
+    kept = [header for header in request.headers if header[0] not in names]
+    return request._replace(headers=tuple(kept))
+
+
 def with_header(request: Request, header: Header) -> Request:
     """The request with a header instead of any of the same name."""
-    others = tuple(h for h in request.headers if h[0] != header[0])
+    others = without_headers(request, (header[0],)).headers
     return request._replace(headers=(*others, header))
 
 
 _DROPPED = frozenset({b"host", b"content-length", b"expect"}) | HOP_BY_HOP
-_KEY_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+_DROPPED_FOR_A_KEY = _DROPPED | {b"authorization", b"x-api-key", b"api-key"}
 
 
-def request_head(request: Request, upstream: Upstream, target: str, length: int,
-                 drop: FrozenSet[bytes] = frozenset()) -> bytes:
+def request_head(request: Request, upstream: Upstream, target: str, length: int) -> bytes:
     """The head we send upstream for a client's request; one with a key gets that and no other."""
     first = f"{request.method} {upstream.prefix}{target} HTTP/1.1"
     lines = [first.encode("latin-1"), b"Host: " + upstream.authority]
-    drop = drop | request.words
+    drop = _DROPPED
     if upstream.key:
-        drop = drop | _KEY_HEADERS
+        drop = _DROPPED_FOR_A_KEY
         lines.append(b"Authorization: Bearer " + upstream.key.encode())
-    lines += [line for name, _, line in request.headers
-              if name not in _DROPPED and name not in drop]
+    if request.words:                           # Connection: close, say, from some clients
+        drop = drop | request.words
+    lines += [line for name, _, line in request.headers if name not in drop]
     if request.upgrade:
         lines.append(b"Connection: Upgrade")
         lines += [line for name, _, line in request.headers if name == b"upgrade"]
+    # An empty body is announced, too, where the method means one (RFC 9110, 8.6).
     if length or request.length or request.method in ("POST", "PUT", "PATCH"):
         lines.append(b"Content-Length: %d" % length)
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -9697,6 +9902,7 @@ class _Answer:
         self.response, self._ends, self._translation = response, ends, translation
         self.first = self.tail = b""
         self._body = body_of(response)
+        # A stream that we began has no length, and what a translation makes of a body another.
         sized = response.framing in ("length", "none") and not client.opened
         if translation is not None:
             sized = False
@@ -9721,6 +9927,7 @@ class _Answer:
             payload = self._body.feed(data)
         except ValueError as exc:
             raise UpstreamBroken(str(exc)) from None
+        # The end alone is kept, for what it says of tokens and of how the stream ended.
         if len(payload) >= TAIL_BYTES:
             self.tail = payload[-TAIL_BYTES:]
         elif payload:
@@ -9733,8 +9940,11 @@ class _Answer:
             payload = self._translation.feed(payload, last)
         if not self.chunked:
             return payload
-        framed = chunk(payload) if payload else b""
-        return framed + b"0\r\n\r\n" if last else framed
+        if payload:                             # an empty chunk would be the end
+            payload = chunk(payload)
+        if last:
+            payload += b"0\r\n\r\n"
+        return payload
 
     def counts(self) -> Counts:
         """Of its tokens; they stand at its beginning (of a stream in its first event) or end."""
@@ -9751,38 +9961,60 @@ class _Answer:
             return "ended early"
         if not self.response.events:
             return ""
-        if not self.tail:
-            return "its stream ended without an event" if self._ends else ""
-        if self.tail.endswith((b"\n", b"\r", b"[DONE]")):
-            whole = not self._ends or any(end in self.tail for end in self._ends)
-            return "" if whole else "its stream ended without an end"
+        tail = self.tail
+        if not tail or tail.endswith((b"\n", b"\r", b"[DONE]")):
+            # Of a path whose streams have no known end, an event's is enough.
+            if not self._ends or any(end in tail for end in self._ends):
+                return ""
+            what = "end" if tail else "event"
+            return f"its stream ended without an {what}"
         said = re.search(rb'"error":\s*(?:\{"message":\s*)?"((?:[^"\\]|\\.)*)"', self.tail)
         if said:
             return said.group(1).decode("utf-8", "replace")
         return "its stream ended in the middle of an event"
 
 
-# The first event of a stream that is no comment, whole.
+# An event that is no comment, whole.
 _EVENT = re.compile(
-    rb"(?:\A|\n)[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+    rb"(?:\A|(?<=\n))[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
+# What may stand before a word of the model's, in the streams of Anthropic and of OpenAI's responses.
+_PRELUDE = re.compile(
+    rb'"type"\s*:\s*"(?:ping|message_start|response\.(?:created|queued|in_progress))"')
 _EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
+_NOTHING = re.compile(rb"data:[ \t]*\[DONE\]")       # as the first event
 _ERROR_CODE = re.compile(rb'"code"\s*:\s*"?([45][0-9]{2})\b')
 
 
-def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
-    """The payload of an event stream up to the end of its first event that is no comment.
+def _telling_event(payload: bytes) -> Optional[Match[bytes]]:
+    """The first event of a stream by which an answer begins, None while there is none.
+
+    What only opens the stream is none: a server that has sent it may still fail.
+    """
+    for found in _EVENT.finditer(payload):
+        event = found.group(1)
+        if b"data:" in event and not _PRELUDE.search(event, 0, 400):
+            return found
+    return None
+
+
+def _first_event(answer: _Answer, receiver: _Receiver, data: bytes) -> Tuple[bytes, bytes]:
+    """(the payload of an event stream up to the event by which its answer begins, that event).
 
     Errors: UpstreamBroken, ClientGone. An event that is larger than FIRST_EVENT_BYTES is no error.
     """
     payload = answer.feed(data)
-    while not (_EVENT.search(payload) or answer.ended or len(payload) > FIRST_EVENT_BYTES):
+    found = _telling_event(payload)
+    while found is None and not answer.ended and len(payload) <= FIRST_EVENT_BYTES:
         more = receiver.receive()
         if not more:
             raise UpstreamBroken("ended before its first event")
         payload += answer.feed(more)
-    found = _EVENT.search(payload)
-    answer.first = found.group(1) if found else payload[:FIRST_EVENT_BYTES]
-    return payload
+        found = _telling_event(payload)
+    if found is None:
+        answer.first = payload[:FIRST_EVENT_BYTES]
+        return payload, answer.first
+    answer.first = payload[:found.end()]
+    return payload, found.group(1)
 
 
 def _says_error(event: bytes) -> bool:
@@ -9805,7 +10037,9 @@ def event_error(event: bytes) -> int:
     if not _says_error(event):
         return 0
     code = _ERROR_CODE.search(event)
-    return int(code.group(1)) if code else 500
+    if code is None:
+        return 500
+    return int(code.group(1))
 
 
 def _short_body(answer: _Answer, receiver: _Receiver, data: bytes) -> bytes:
@@ -9846,12 +10080,16 @@ class _Relay:
     """One request on its way upstream, and the answer on its way back."""
 
     def __init__(self, client: Client, request: Request, pieces: List[bytes], terms: Terms) -> None:
-        self._client, self._request, self._pieces, self._terms = client, request, pieces, terms
+        self._client = client
+        self._request = request
+        self._pieces = pieces
+        self._terms = terms
         self._sent_whole = False
         self._lines = b""                       # what terms.extra made
         self._sock: Optional[socket.socket] = None      # the upstream's, until it is given back
         self._began = False                     # the answer goes on to the client
-        self._started_s, self._first_byte_s = time.monotonic(), 0.0
+        self._started_s = time.monotonic()
+        self._first_byte_s = 0.0
 
     def exchange(self, sock: socket.socket) -> Tuple[_Receiver, Response, bytes]:
         """Send the request and read the answer's head: (receiver, head, bytes behind it).
@@ -9861,7 +10099,7 @@ class _Relay:
         terms = self._terms
         try:
             self._sent_whole = _send_upstream(sock, self._pieces, self._client)
-        except OSError:
+        except OSError:                         # that a kept connection has died shows here, too
             raise _NoAnswer from None
         if terms.extra is not None:             # now: the model is at work, and nobody waits
             self._lines = terms.extra()
@@ -9878,16 +10116,23 @@ class _Relay:
 
         Errors: UpstreamBroken, ClientGone.
         """
-        response, judge, opened = answer.response, self._terms.judge, self._client.opened
+        response = answer.response
+        judge = self._terms.judge
+        opened = self._client.opened
         stream = response.status == 200 and response.events
         suspect = stream or response.status >= 400 or opened
         if not suspect or (judge is None and not opened):
             return None, answer.feed(data)
         if stream:
-            payload = _first_event(answer, receiver, data)
+            # A server says 200 before it knows: its error is then the stream's first event.
+            payload, event = _first_event(answer, receiver, data)
+            status = event_error(event)
+            text = event.decode("utf-8", "replace")
             broken = answer.why_broken() if answer.ended else ""
-            status = 500 if broken else event_error(answer.first)
-            text = broken or answer.first.decode("utf-8", "replace")
+            if _NOTHING.match(event):
+                broken = "its stream ended without an answer"
+            if broken:
+                status, text = 500, broken
         else:
             payload = _short_body(answer, receiver, data)
             status = response.status
@@ -9947,6 +10192,7 @@ class _Relay:
 
     def _switch(self, sock: socket.socket, response: Response, data: bytes) -> Outcome:
         """An upgrade that was granted: from here on, bytes both ways."""
+        # What follows is no HTTP: a client that did not ask for it would take it for an answer.
         if not self._request.upgrade:
             raise UpstreamBroken("it switched protocols unasked")
         client = self._client
@@ -9973,11 +10219,13 @@ class _Relay:
             return self._switch(sock, response, data)
         answer = _Answer(self._client, response, self._terms.ends, self._terms.translation)
         rejected, payload = self.judged(answer, receiver, data)
+        # Its connection is closed: nobody reads what is left of that answer.
         if rejected is not None:
             return rejected
         self._begin()
         receiver.waiting, receiver.silent_until_s = None, 0.0
         self.pass_on(answer, receiver, payload)
+        # Of a request that was not read to its end, the rest would be taken for the next one.
         if answer.reusable and self._sent_whole:
             upstream.checkin(sock)
             self._sock = None
@@ -10012,7 +10260,7 @@ class _Relay:
 
     def _begin(self) -> None:
         """The answer goes on to the client: no other tier is asked any more."""
-        self._began = True
+        self._began = True                      # what fails from here on is broken, not unreachable
         self._first_byte_s = time.monotonic() - self._started_s
         self._pieces.clear()                    # a prompt is not held while its answer streams
         if self._terms.began is not None:
@@ -10020,14 +10268,14 @@ class _Relay:
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
-          terms: Terms = AS_IT_COMES) -> Outcome:
+          terms: Terms) -> Outcome:
     """Send a request upstream and pass the answer to the client, as `terms` say.
 
     Where client.opened, the head of an event stream has gone out already: then only such a stream
     is passed on. `body` gets the head in front, and is emptied once an answer goes on.
     Errors: ClientGone, after the upstream's connection has been closed.
     """
-    head = request_head(request, upstream, target, sum(map(len, body)), terms.drop)
+    head = request_head(request, upstream, target, sum(map(len, body)))
     body.insert(0, head)
     return _Relay(client, request, body, terms).run(upstream)
 
@@ -10036,7 +10284,7 @@ class App:
     """What a server does with its requests."""
 
     log: Log
-    server: Optional[Server] = None             # that asks it
+    server: Server                              # that asks it, from its making on
 
     def answer(self, client: Client, request: Request) -> None:
         raise NotImplementedError
@@ -10105,7 +10353,9 @@ class Server:
         self._stopping = False
         self._used = True                       # since memory was returned: the start, a client
         self._returned = time.monotonic()
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET
+        if ":" in host:
+            family = socket.AF_INET6
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             if not IS_WINDOWS:                  # there it would share a port in use
@@ -10226,8 +10476,9 @@ class Server:
     def _close_refused(self, most: int = MAX_CONNECTIONS) -> None:
         """Close so many of those that were refused, the first first."""
         with self._lock:
-            closing, self._refused = self._refused[:most], self._refused[most:]
-        for client in closing:
+            closing = self._refused[:most]
+            del self._refused[:most]
+        for client in closing:                  # without the lock: it waits for what is unread
             client.close()
 
 
@@ -10248,6 +10499,7 @@ class Lease:
     """A request's place at a backend. This one is ready at once."""
 
     bay: Optional[Bay] = None                   # where the model's conversations are parked
+    load_s = 0.0                                # how long it has waited for a load
 
     def __init__(self, upstream: Optional[Upstream] = None) -> None:
         self.upstream = upstream
@@ -10274,7 +10526,8 @@ class Lease:
 
     def asks(self, target: str, body: Sequence[bytes]) -> None:
         """What is about to be asked, kept while its answer streams where it may be parked."""
-        if self.bay is not None and self.bay.wants(sum(map(len, body))):
+        size = sum(map(len, body))
+        if self.bay is not None and self.bay.wants(size):
             self._target, self._body = target, b"".join(body)
             self.bay.make_findable(self._body)
 
@@ -10323,7 +10576,8 @@ class Host(Upstream):
 
         Errors: OSError; ClientGone, when the client goes meanwhile.
         """
-        # The first in it is the result: a connection, or that nobody waits for one any more.
+        # The first in it is the result: a connection, or that nobody waits for one any more. A list
+        # is appended to in one step, so of two threads one is the first.
         got: List[Union[socket.socket, OSError]] = []
         done = threading.Event()
 
@@ -10334,11 +10588,14 @@ class Host(Upstream):
             if got[0] is not result and isinstance(result, socket.socket):
                 result.close()                  # too late
 
+        # A thread of its own: nothing ends a resolver that is slow.
         threading.Thread(target=dial, name="dial", daemon=True).start()
-        end = time.monotonic() + HOST_CONNECT_S
+        end_s = time.monotonic() + HOST_CONNECT_S
         gone = False
-        while not (done.wait(PATIENCE_MS / 1000) or gone or time.monotonic() > end):
+        while not done.wait(PATIENCE_MS / 1000):
             gone = client is not None and client.gone()
+            if gone or time.monotonic() > end_s:
+                break
         got.append(socket.timeout())
         result = got[0]
         if gone:
@@ -10365,12 +10622,16 @@ class Host(Upstream):
     def _mark_lost(self, why: str, again: bool = False) -> None:
         with self._lock:
             first = not self.offline
+            if again:                           # a probe has failed: the next is further away
+                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S)
+            elif first:
+                self._wait_s = PROBE_S
             if first or again:
-                self._wait_s = min(self._wait_s * 2, MAX_PROBE_S) if again else PROBE_S
                 self._probe_at = self._clock() + self._wait_s
             if first:
                 self.since = self._clock()
             self.offline = why
+        # Once, not for each request that finds out: the log is not to be filled by a lost network.
         if first:
             self.forget()                       # its kept connections lead nowhere, too
             self._log.warning(f"offline: no connection to {self.url} ({why});"
@@ -10384,21 +10645,22 @@ class Host(Upstream):
             self._log.info(f"back: {self.url} can be reached again, after {gone_s:,.0f} s")
 
     def why(self) -> str:
-        return (f"no connection to {self.url} for {self._clock() - self.since:,.0f} s"
-                f" ({self.offline})")
+        gone_s = self._clock() - self.since
+        return f"no connection to {self.url} for {gone_s:,.0f} s ({self.offline})"
 
     def look_again(self) -> None:
         """While unreachable, try the connection alone, without a request or the key."""
         with self._lock:
-            due = self.offline and not self._probing and self._clock() >= self._probe_at
-            self._probing = self._probing or bool(due)
-        if due:
-            threading.Thread(target=self._probe, name="probe", daemon=True).start()
+            is_time = self._clock() >= self._probe_at
+            if not self.offline or self._probing or not is_time:
+                return
+            self._probing = True
+        threading.Thread(target=self._probe, name="probe", daemon=True).start()
 
     def _probe(self) -> None:
         result = self._dial()
         if isinstance(result, OSError):
-            self._mark_lost(_why_unreachable(result), True)
+            self._mark_lost(_why_unreachable(result), again=True)
         else:
             result.close()
             self._mark_found()
@@ -10434,12 +10696,13 @@ class Waiting:
         waited_s = self.waited_s
         if self._silent or waited_s < self._next_s:
             return
-        self._next_s = waited_s + min(max(WAITING_EVERY_S, waited_s / 10), 60)
+        every_s = max(WAITING_EVERY_S, waited_s / 10)
+        self._next_s = waited_s + min(every_s, 60)
         what = self._stage()
         if not what:
             return
         client = self._client
-        if not client.opened:
+        if not client.opened:                   # from now on, an error can only be an event
             client.open_stream(self._extra() if self._extra else b"")
         words = f"{what}, {waited_s:.0f} s"
         if self._visible:
@@ -10459,11 +10722,13 @@ def ask_lease(client: Client, request: Request, lease: Lease, target: str, body:
             if 0 < terms.patience_s < waiting.waited_s:
                 return Outcome("unreachable", 0, "busy")
             waiting.tell()
+        # A server may be ready and busy: it takes the request, and lets it wait for a slot.
         if terms.patience_s:
             left_s = max(terms.patience_s - waiting.waited_s, PATIENCE_MS / 1000)
             terms = terms._replace(first_byte_s=left_s)
         waiting.ready_s = waiting.waited_s
         upstream = lease.upstream
+        # It was ready, and has died since.
         if upstream is None:
             return Outcome("unreachable", 0, "its server has just ended")
         lease.asks(target, body)
@@ -10480,6 +10745,7 @@ def reply_failure(client: Client, status: int, message: str, kind: str = "upstre
                   extra: bytes = b"") -> None:
     """Say that a request has failed: once, as an answer or within a stream that has begun."""
     if not client.opened:
+        # Without it, clients' libraries ask again within a second, when nothing has changed here.
         if status >= 500:
             extra += b"Retry-After: 5\r\n"
         client.reply_error(status, message, kind, extra)
@@ -10511,7 +10777,7 @@ def tell_failure(client: Client, log: Log, what: str, outcome: Outcome, nobody: 
     elif outcome.state == "failed":
         log.warning(f"{what}: {detail}")
         reply_failure(client, outcome.status, detail, extra=extra)
-    elif outcome.state == "rejected":
+    elif outcome.state == "rejected":           # the client's to see: nothing here has failed
         reply_failure(client, outcome.status, said_error(detail), extra=extra)
     elif outcome.state == "unreachable":
         message = f"{nobody} ({detail})"
@@ -10526,12 +10792,14 @@ def check_caller(client: Client, request: Request, loopback: bool, origins: Sequ
     """Errors: HttpError 403 for what a web page has no business to ask; see refusal()."""
     wrong = refusal(request, loopback, origins, hosts)
     if wrong:
+        # Else the answer would say that this page may read it.
         client.origin = b""
         raise HttpError(403, wrong, "forbidden")
 
 
 def reply_preflight(client: Client, request: Request) -> None:
     """Tell a page that may ask that it may, whatever it is going to ask."""
+    # Chromium asks for Private-Network before a public page may reach this machine.
     wanted = request.fields.get(b"access-control-request-headers", b"*")
     client.reply(200, b"", extra=(
         b"Access-Control-Allow-Methods: GET, POST, OPTIONS\r\n"
@@ -10562,7 +10830,7 @@ class Behind(App):
         """A place for a request to the tier `name`. Errors: HttpError 404 where there is none."""
         raise NotImplementedError
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         """Its /v1/models. Errors: OSError, ValueError, KeyError, TypeError."""
         raise NotImplementedError
 
@@ -10574,20 +10842,19 @@ class Behind(App):
         """Where a tier's own path is asked for, beside those for inference: at its upstream."""
         return target
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         """Answer a request that is not the router's own. Errors: HttpError, ClientGone."""
         raise NotImplementedError
 
     def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
-                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
+                   stream: bool) -> Outcome:
         """Pass a request on as it is; `stream`: it asks for one. Errors: ClientGone."""
         path = inference_path(request.target)
         client.protocol = path
         waiting = Waiting(client, path, stream, lease.stage, self.loading_state)
-        terms = Terms(drop=drop, judge=self.judge, ends=STREAM_ENDS.get(path, ()),
-                      waiting=waiting.tell)
-        pieces = [body] if body else []
+        ends = STREAM_ENDS.get(path, ())
+        terms = Terms(judge=self.judge, ends=ends, waiting=waiting.tell)
+        pieces = [body]
         return ask_lease(client, request, lease, request.target, pieces, terms, waiting)
 
     def watched(self) -> Dict[str, Any]:
@@ -10609,12 +10876,13 @@ class Behind(App):
         """End what was started for it."""
 
     def answer(self, client: Client, request: Request) -> None:
+        # It listens on 127.0.0.1 alone, so there are no other origins and hosts to allow.
         check_caller(client, request, True)
         if request.method == "OPTIONS":         # a page of this machine asks whether it may
             reply_preflight(client, request)
             return
         body = client.read_body(request)
-        self.pass_on(client, request, body, frozenset())
+        self.forward(client, request, body)
 
 
 def _json_of(request: Request, body: bytes) -> Any:
@@ -10642,10 +10910,10 @@ class UpstreamApp(Behind):
     def lease(self, name: str) -> Lease:
         return Lease(self.upstream)
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         keys = b""
         for name, _, line in request.headers:
-            if name in (b"authorization", b"x-api-key") and name not in drop:
+            if name in (b"authorization", b"x-api-key"):
                 keys += line + b"\r\n"
         _, mark, query = request.target.partition("?")
         target = "/v1/models" + mark + query
@@ -10655,18 +10923,18 @@ class UpstreamApp(Behind):
             raise ValueError(response.status)
         return listing
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         name, stream = "", False
         if inference_path(request.target):
             values = _json_of(request, body)
             if isinstance(values, dict):
                 name = str(values.get("model"))
                 stream = values.get("stream") is True
-        if stream:
+        if stream:                              # its last bytes are to be read
             request = with_header(request, UNCOMPRESSED)
-        outcome = self.relay_over(self.lease(name), client, request, body, drop, stream)
-        what = f"{request.method} {request.target.partition('?')[0]}"
+        outcome = self.relay_over(self.lease(name), client, request, body, stream)
+        path, _, _ = request.target.partition("?")
+        what = f"{request.method} {path}"
         tell_failure(client, self.log, what, outcome, self.nobody, self.remedy)
 
 
@@ -10688,7 +10956,7 @@ class Recorder:
         self._waiting: Any = collections.deque(maxlen=10_000)
         self._lock = threading.Lock()
 
-    def add(self, row: Dict[str, Any]) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         self._waiting.append(row)
 
     def flush(self) -> None:
@@ -10753,14 +11021,17 @@ def record_row(facts: Facts, path: str, tier: str, outcome: Outcome) -> Dict[str
 MAX_LISTENERS = 16                              # each holds a thread
 DECISIONS_KEPT = 100
 POINTS_KEPT = 1_000                             # of the plots, which show the last hour
-SECONDS_BUCKETS = (0.1, 0.5, 2.0, 10.0, 60.0)
+SECONDS_BUCKETS = (0.1, 0.5, 2, 10, 60)
+
+
+Labels = Tuple[str, ...]
 
 
 class Metric(NamedTuple):
     """A family of /metrics."""
 
     kind: str                                   # counter | gauge | histogram
-    labels: Tuple[str, ...]
+    labels: Labels
     help: str
 
 
@@ -10788,31 +11059,46 @@ METRICS = {
     "llmstack_connections": Metric("gauge", (), "Open connections of clients."),
 }
 IN_MEMORY = ("loaded", "loading", "unloading")  # states of a model whose memory counts
-Samples = Dict[Tuple[str, Tuple[str, ...]], float]      # (name, values of its labels) -> value
+Samples = Dict[Tuple[str, Labels], float]       # (name, values of its labels) -> value
 
 
 def _sample_line(name: str, labels: Sequence[str], values: Sequence[str], value: float) -> str:
+    # No value has a character that would be escaped: names of tiers, and words of ours.
     pairs = [f'{label}="{text}"' for label, text in zip(labels, values)]
     if pairs:
         name += "{" + ",".join(pairs) + "}"
     return f"{name} {value:.12g}"
 
 
-def _histogram_lines(name: str, counts: Sequence[int], seconds: float) -> List[str]:
-    """Each bucket counts all that is at most its limit."""
-    lines = []
-    below = 0
-    limits = [*map("{:g}".format, SECONDS_BUCKETS), "+Inf"]
-    for limit, count in zip(limits, counts):
-        below += count
-        lines.append(_sample_line(f"{name}_bucket", ("le",), (limit,), below))
-    lines.append(_sample_line(f"{name}_sum", (), (), seconds))
-    lines.append(_sample_line(f"{name}_count", (), (), below))
-    return lines
+class _Histogram:
+    """How often something has taken so many seconds. Whoever holds a lock adds and reads."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(SECONDS_BUCKETS) + 1)     # the last: longer than all
+        self._seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
+        self._counts[bucket] += 1
+        self._seconds += seconds
+
+    def lines(self, name: str) -> List[str]:
+        lines = []
+        total = 0                               # a bucket counts what is in those before it, too
+        for limit, count in zip((*SECONDS_BUCKETS, "+Inf"), self._counts):
+            total += count
+            lines.append(f'{name}_bucket{{le="{limit}"}} {total}')
+        lines.append(f"{name}_sum {self._seconds:.12g}")
+        lines.append(f"{name}_count {total}")
+        return lines
 
 
 # What /metrics calls them -> what the record does.
-_COUNTED_TOKENS = (("prompt", "truth"), ("cached", "cached"), ("output", "output"))
+_COUNTED_TOKENS = {
+    "prompt": "truth",
+    "cached": "cached",
+    "output": "output",
+}
 
 
 class Counters:
@@ -10820,56 +11106,49 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._sums: Samples = collections.defaultdict(float)
         # A counter without labels is shown before it has counted anything.
-        self._sums: Samples = {("llmstack_fallbacks_total", ()): 0}
-        self._seconds: Dict[str, float] = {}    # of a histogram, in all...
-        self._buckets: Dict[str, List[int]] = {}    # ...and how many fell into each bucket
-        for name, metric in METRICS.items():
-            if metric.kind == "histogram":
-                self._seconds[name] = 0.0
-                self._buckets[name] = [0] * (len(SECONDS_BUCKETS) + 1)
+        self._sums["llmstack_fallbacks_total", ()] = 0
+        self._histograms = {
+            "llmstack_wait_seconds": _Histogram(),
+            "llmstack_first_byte_seconds": _Histogram(),
+        }
 
-    def _add(self, name: str, labels: Tuple[str, ...], by: float) -> None:
-        key = (name, labels)
-        self._sums[key] = self._sums.get(key, 0) + by
-
-    def _observe(self, name: str, seconds: float) -> None:
-        bucket = bisect.bisect_left(SECONDS_BUCKETS, seconds)
-        self._buckets[name][bucket] += 1
-        self._seconds[name] += seconds
 
     def count_request(self, row: Mapping[str, Any]) -> None:
         """Count what a row of the decision record says."""
+        sums = self._sums
         tier, ended = row["tier"], row["ended"]
         with self._lock:
-            self._add("llmstack_requests_total", (tier, row["rung"], ended), 1)
+            sums["llmstack_requests_total", (tier, row["rung"], ended)] += 1
             if "fallbacks" in row:
-                self._add("llmstack_fallbacks_total", (), len(row["fallbacks"]))
-            for kind, key in _COUNTED_TOKENS:
+                sums["llmstack_fallbacks_total", ()] += len(row["fallbacks"])
+            for kind, key in _COUNTED_TOKENS.items():
                 count = row[key]
-                if count:
-                    self._add("llmstack_tokens_total", (tier, kind), count)
+                if count:                       # else a tier has a line for what it never does
+                    sums["llmstack_tokens_total", (tier, kind)] += count
             if "cost" in row:
-                self._add("llmstack_cost_dollars_total", (tier,), row["cost"])
-            self._observe("llmstack_wait_seconds", row["wait_s"])
+                sums["llmstack_cost_dollars_total", (tier,)] += row["cost"]
+            self._histograms["llmstack_wait_seconds"].add(row["wait_s"])
+            # What was not passed on has no first byte.
             if ended in ("done", "broken"):
-                self._observe("llmstack_first_byte_seconds", row["first_byte_s"])
+                self._histograms["llmstack_first_byte_seconds"].add(row["first_byte_s"])
 
     def render(self, gauges: Samples) -> str:
         """Prometheus' text format 0.0.4."""
         with self._lock:
             samples = {**self._sums, **gauges}
-            buckets = {name: list(counts) for name, counts in self._buckets.items()}
-            seconds = dict(self._seconds)
+            timed = {}
+            for name, times in self._histograms.items():
+                timed[name] = times.lines(name)
         lines = []
         for name, metric in METRICS.items():
             lines.append(f"# HELP {name} {metric.help}")
             lines.append(f"# TYPE {name} {metric.kind}")
+            lines += timed.get(name, [])
             for (sample, labels), value in samples.items():
                 if sample == name:
                     lines.append(_sample_line(name, metric.labels, labels, value))
-            if metric.kind == "histogram":
-                lines += _histogram_lines(name, buckets[name], seconds[name])
         return "\n".join(lines) + "\n"
 
 
@@ -10900,29 +11179,33 @@ class Events:
         """What a conversation is called: a hash of its key that nobody can look up."""
         if not conversation:
             return ""
-        return f"{hash(self._salt + conversation) % 2**48:012x}"
+        # hash() differs from process to process, so names of two daemons cannot be matched.
+        digest = hash(self._salt + conversation) % 2**48
+        return f"{digest:012x}"
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Keep the row of a request that has ended."""
         self.counters.count_request(row)
         for hear in self.hearers:
             hear(row)
+        tier = row["tier"]
         per_s = row.get("per_s", 0.0)
+        first_s = 0.0                           # an answer in one piece does not tell
+        if row["stream"]:
+            first_s = round(row["wait_s"] + row["first_byte_s"], 4)
         with self._lock:
             self._number += 1
             self._rows.append((self._number, row))
             if row["ended"] in ("done", "broken"):
-                first_s = 0.0                   # an answer in one piece does not tell
-                if row["stream"]:
-                    first_s = round(row["wait_s"] + row["first_byte_s"], 4)
-                self._points.append((row["time"], row["tier"], first_s, per_s))
+                self._points.append((row["time"], tier, first_s, per_s))
             if per_s:
-                self.rates[row["tier"]] = per_s
+                self.rates[tier] = per_s
 
     def state(self) -> Dict[str, Any]:
         """What all sources tell, made once for all who ask within a moment."""
         with self._asking:
             if time.monotonic() - self._asked_s > self.EVERY_S / 2:
+                # A new one: listeners compare it with the last, which they hold.
                 self._state = {}
                 for tell in self.sources:
                     self._state.update(tell())
@@ -10932,20 +11215,21 @@ class Events:
     def snapshot(self, after: int = 0) -> Dict[str, Any]:
         """Everything, of the decisions those behind number `after`."""
         now = time.time()
-        decisions = self._rows_after(after)
+        hour_ago = now - 3600
         with self._lock:
-            points = [point for point in self._points if point[0] > now - 3600]
+            points = [point for point in self._points if point[0] > hour_ago]
         return {
             **self.state(),
             "now": round(now, 1),
             "start": self._start,
             "points": points,
-            "decisions": decisions,
+            "decisions": self._rows_after(after),
         }
 
     def _rows_after(self, number: int) -> List[Dict[str, Any]]:
         with self._lock:
-            return [{"number": its, **row} for its, row in self._rows if its > number]
+            numbered = [item for item in self._rows if item[0] > number]
+        return [{"number": its, **row} for its, row in numbered]
 
     def listen(self, client: Client, request: Request) -> None:
         """Answer with the stream until the client leaves. Errors: HttpError 503, ClientGone."""
@@ -10963,7 +11247,8 @@ class Events:
         """First everything, then what changes. Errors: ClientGone."""
         after = 0
         start, _, number = last_id.partition("-")
-        if start == self._start and re.match("[0-9]{1,15}\\Z", number):
+        is_ours = start == self._start          # else of an earlier daemon, which counted anew
+        if is_ours and re.match("[0-9]{1,15}\\Z", number):
             after = int(number)                 # the client comes back, and has those
         client.open_stream()
         told = self.snapshot(after)
@@ -10972,7 +11257,10 @@ class Events:
         while not client.gone():
             time.sleep(self.EVERY_S)
             state = self.state()
-            change = {key: value for key, value in state.items() if value != told.get(key)}
+            change: Dict[str, Any] = {}
+            for key, value in state.items():
+                if value != told.get(key):
+                    change[key] = value
             rows = self._rows_after(after)
             if rows:
                 change["decisions"] = rows
@@ -10981,6 +11269,7 @@ class Events:
                 after = self._send(client, "change", change, after)
                 sent_s = time.monotonic()
             elif time.monotonic() - sent_s > self.HEARTBEAT_S:
+                # Proxies end a stream that says nothing for a minute.
                 client.send_event(b":\n\n")
                 sent_s = time.monotonic()
         raise ClientGone
@@ -10990,7 +11279,9 @@ class Events:
         rows = value.get("decisions")
         if rows:
             after = rows[-1]["number"]
-        lines = f"id: {self._start}-{after}\nevent: {kind}\ndata: {_ENCODE(value)}\n\n"
+        # A browser that connects again sends the last id: see _tell.
+        lines = f"id: {self._start}-{after}\nevent: {kind}\n"
+        lines += f"data: {_ENCODE(value)}\n\n"
         client.send_event(lines.encode())
         return after
 
@@ -11015,15 +11306,21 @@ def read_page() -> Optional[Page]:
         return None
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; connect-src 'self'"
     policy += "; img-src data:; require-trusted-types-for 'script'"
-    for source, element in (("script-src", "script"), ("style-src", "style")):
-        inside = text.partition(f"<{element}>")[2].partition(f"</{element}>")[0]
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        policy += f"; {source} 'sha256-{digest}'"
+    for element in ("script", "style"):
+        _, _, rest = text.partition(f"<{element}>")
+        inside, _, _ = rest.partition(f"</{element}>")
+        digest = hashlib.sha256(inside.encode()).digest()
+        policy += f"; {element}-src 'sha256-{base64.b64encode(digest).decode()}'"
+    # The page says its policy itself, too; frame-ancestors counts in a header alone.
     text = text.replace("CONTENT_SECURITY_POLICY", policy)
-    lines = (f"Content-Security-Policy: {policy}; frame-ancestors 'none'",
-             "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer",
-             "Cache-Control: no-cache", "Vary: Accept")
-    return Page(text.encode(), "".join(f"{line}\r\n" for line in lines).encode())
+    headers = (
+        f"Content-Security-Policy: {policy}; frame-ancestors 'none'\r\n"
+        "X-Content-Type-Options: nosniff\r\n"
+        "Referrer-Policy: no-referrer\r\n"
+        "Cache-Control: no-cache\r\n"
+        "Vary: Accept\r\n"
+    )
+    return Page(text.encode(), headers.encode())
 
 
 def may_change(request: Request) -> bool:
@@ -11033,7 +11330,8 @@ def may_change(request: Request) -> bool:
     """
     origin = request.header(b"origin")
     if origin:
-        return origin.partition("://")[2] == request.header(b"host")
+        _, _, place = origin.partition("://")
+        return place == request.header(b"host")
     return b"x-llmstack" in request.fields
 
 
@@ -11405,19 +11703,22 @@ class Breaker:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._down: Dict[str, Tuple[float, str]] = {}
-        self._strikes: Dict[str, int] = {}      # failures in a row, of hosted tiers
+        # Failures in a row, of hosted tiers.
+        self._strikes: Dict[str, int] = collections.defaultdict(int)
 
     def trip(self, tier: str, reason: str, seconds: float = 0.0, growing: bool = False) -> None:
         """Leave a tier alone; with `growing`, twice as long with each failure upon the last."""
         now = self._clock()
-        strikes = self._strikes.get(tier, 0)
         until, _ = self._down.get(tier, (0.0, ""))
-        if growing and until <= now:            # not of requests that were under way together
-            strikes = min(strikes + 1, 8)
-            self._strikes[tier] = strikes
+        # Requests that were under way together are one failure, not one each.
+        if growing and until <= now:
+            self._strikes[tier] += 1
         if not seconds:
-            seconds = BREAKER_S * 2 ** max(strikes - 1, 0)
-        self._down[tier] = (now + min(seconds, MAX_BREAKER_S), reason)
+            doubled = max(self._strikes[tier] - 1, 0)
+            doubled = min(doubled, 8)           # a thousand would be too much for a float
+            seconds = BREAKER_S * 2 ** doubled
+        until = now + min(seconds, MAX_BREAKER_S)
+        self._down[tier] = (until, reason)
 
     def answered(self, tier: str) -> None:
         """It works: nothing is held against it any more."""
@@ -11429,10 +11730,17 @@ class Breaker:
         if not self._down:
             return {}
         now = self._clock()
-        for tier, (until, _) in list(self._down.items()):
-            if until <= now:
+        left_alone = {}
+        for tier, (until, reason) in list(self._down.items()):
+            if until > now:
+                left_alone[tier] = reason
+            else:
                 self._down.pop(tier, None)
-        return {tier: reason for tier, (_, reason) in list(self._down.items())}
+        return left_alone
+
+
+# Two keys name a conversation: its client's, by which the ratio of its tokens is learned, and its
+# thread, by which a turn finds the one before it. See conversation_keys().
 
 
 class Conversation(NamedTuple):
@@ -11462,13 +11770,17 @@ class Conversations:
 
     def learn(self, key: str, estimate: int, truth: int) -> None:
         """Keep what an answer or a refusal said a prompt's tokens really are."""
-        if estimate > 0 and truth > 0:
-            self._keep(key, ratio=min(max(truth / estimate, 0.1), 10.0))
+        if estimate > 0 and truth >= WORTH_LEARNING_TOKENS:
+            # A server that counts nonsense shall not send everything to the largest tier.
+            ratio = max(truth / estimate, 0.1)
+            ratio = min(ratio, 10.0)
+            self._keep(key, ratio=ratio)
 
     def answered(self, key: str, tier: str, tokens: int, segments: Segments) -> None:
         """Keep which tier has answered a prompt, and what it holds of it now."""
         if key:
-            held = {**self.get(key).held, tier: tokens}
+            known = self.get(key)
+            held = {**known.held, tier: tokens}     # other tiers hold what they held
             self._keep(key, tier=tier, held=held, segments=segments)
 
     def _keep(self, key: str, **fields: Any) -> None:
@@ -11490,15 +11802,83 @@ class Snapshot(NamedTuple):
     served: Mapping[str, int]                   # by tier, tokens
     names: Tuple[str, ...]                      # patterns for this machine's own
 
+    def offline(self) -> Dict[str, str]:
+        """Tiers whose host cannot be reached, with the reason."""
+        found = {}
+        for route in self.routes.values():
+            host = route.host
+            if host is not None and host.offline:
+                found[route.tier.name] = host.why()
+        return found
+
+    def state(self, failing: Mapping[str, str]) -> Dict[str, Dict[str, str]]:
+        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
+        found = {}
+        for route in self.routes.values():
+            if route.hosted:
+                found[route.tier.name] = {"state": "available", "reason": ""}
+        # What stands further down counts for more.
+        reasons = {
+            "failing": failing,
+            "offline": self.offline(),
+            "not served": self.barred,
+        }
+        for state, tiers in reasons.items():
+            for name, why in tiers.items():
+                found[name] = {"state": state, "reason": why}
+        for route in self.routes.values():
+            status, why, _ = route.refused
+            if status == 403:
+                found[route.tier.name] = {"state": "local_only", "reason": why}
+            elif status:
+                found[route.tier.name] = {"state": "no credential", "reason": why}
+        return found
+
 
 _MODELS_PATH = re.compile(r"/+(?:v1/+)*models/*(?:(?<=/)(.+))?\Z")   # the list, or one's entry
 # What asking for a list of models, and looking into it, may raise.
 _NO_LISTING = (OSError, ValueError, KeyError, TypeError, RecursionError)
+# Headers that a host does not get: who the client is, and what is between it and us.
 _OF_THE_CLIENT = frozenset({
-    b"authorization", b"x-api-key", b"api-key", b"x-goog-api-key", b"openai-organization",
-    b"openai-project", b"cookie", b"origin", b"referer", b"accept-encoding", b"connection"})
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"x-goog-api-key",
+    b"openai-organization",
+    b"openai-project",
+    b"cookie",
+    b"origin",
+    b"referer",
+    b"accept-encoding",
+    b"connection",
+})
 
-_JUDGED_HERE = frozenset({b"origin"})           # what is behind would refuse it
+
+def host_of(url: str, log: Log, clock: Callable[[], float]) -> Host:
+    """The host that a tier's base_url names. Errors: UserError."""
+    plain = parse_upstream(url)
+    return Host(
+        host=plain.host,
+        port=plain.port,
+        prefix=plain.prefix,
+        tls=url.startswith("https:"),
+        log=log,
+        clock=clock,
+    )
+
+
+def to_host(route: Route, host: Host, env: Mapping[str, str]) -> Route:
+    """The route of a direct host's tier, with the host's key."""
+    variable = route.tier.api_key_env
+    headers: Tuple[Header, ...] = ()
+    if variable:
+        key = env.get(variable, "").strip()
+        value = b"Bearer " + key.encode("ascii", "ignore")
+        header = (b"authorization", value, b"Authorization: " + value)
+        headers = (header,)
+    # Such a host has a version in its URL (/v1beta, /v4), and wants no /v1 behind that.
+    bare = re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix) is not None
+    return route._replace(host=host, headers=headers, bare=bare)
 
 
 def host_request(request: Request, route: Route, target: str) -> Tuple[Request, str]:
@@ -11507,11 +11887,12 @@ def host_request(request: Request, route: Route, target: str) -> Tuple[Request, 
     Nothing compressed is asked for: the relay reads the end of a stream.
     """
     drop = _OF_THE_CLIENT | request.words
-    kept = [h for h in request.headers if h[0] not in drop]
+    kept = without_headers(request, drop).headers
     headers = (*kept, *route.headers, UNCOMPRESSED)
+    request = request._replace(headers=headers)
     if route.bare and target.startswith("/v1/"):
         target = target[3:]
-    return request._replace(headers=headers), target
+    return request, target
 
 
 def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
@@ -11520,10 +11901,10 @@ def read_decoded(client: Client, request: Request) -> Tuple[Request, bytes]:
     Errors: HttpError 400, 408, 413, 415; ClientGone.
     """
     body = client.read_body(request)
+    # Decoded here: what is inside decides, and no model's server decodes it.
     if b"content-encoding" in request.fields:
         body = decoded_body(request.header(b"content-encoding"), body)
-        others = tuple(h for h in request.headers if h[0] != b"content-encoding")
-        request = request._replace(headers=others)
+        request = without_headers(request, (b"content-encoding",))
     if body.startswith(b"\xef\xbb\xbf{"):
         body = body[3:]
     return request, body
@@ -11551,7 +11932,22 @@ def _asked_in(target: str) -> str:
     if "model=" not in query:
         return ""
     from urllib.parse import parse_qs
-    return parse_qs(query).get("model", [""])[0]
+    first, *_ = parse_qs(query).get("model", [""])
+    return first
+
+
+def values_in(request: Request, body: bytes) -> Tuple[Dict[str, Any], Optional[Tuple[int, int]]]:
+    """What a body says, and where its model's name stands in it; None where that is JSON.
+
+    Of any other body the model alone is read, from a form or beside it in the query.
+    """
+    values = _json_of(request, body)
+    if isinstance(values, dict):
+        return values, None
+    start, end = form_model(request.header(b"content-type"), body)
+    in_form = str(body[start:end], "utf-8", "replace")
+    model = in_form.strip() or _asked_in(request.target)
+    return {"model": model}, (start, end)
 
 
 _AS_JSON = (b"content-type", b"application/json", b"Content-Type: application/json")
@@ -11561,45 +11957,57 @@ class Asked:
     """An inference request, read, and how far it is. Its body goes once an answer has begun."""
 
     tier = ""                                   # that is asked now
-    lease: Optional[Lease] = None               # its place there
+    lease = Lease()                             # its place there; this one until it has one
     wait_s = 0.0                                # until its models were ready, of all tiers tried
+    load_s = 0.0                                # of that, while they were loading
     translation: Optional[Translation] = None
     patience_s = 0.0                            # how long its first tier may keep it waiting
     place: Optional[Tuple[int, int]] = None     # of the model's name; None: find it in JSON
     known = NEW_CONVERSATION                    # by the answers to its earlier turns
     segments: Segments = ()                     # of its prompt, once its model is at work
     estimate = 0                                # its tokens by class_tokens, 0: not asked yet
+    is_long = False                             # enough for its answer to teach a ratio
     loop = False                                # it brings back what a tool has said
     leaving = STAYS
 
-    def __init__(self, request: Request, path: str, target: str, body: bytes,
-                 values: Dict[str, Any], drop: FrozenSet[bytes]) -> None:
+    def __init__(self, client: Client, request: Request, path: str, target: str, body: bytes,
+                 values: Dict[str, Any]) -> None:
+        self.client = client
         self.request = request
         self.path = path                        # canonical
         self.target = target                    # that with the query
         self.body = body
         self.values = values                    # of the body
-        self.drop = drop                        # headers that stay here
         self.began_s = time.monotonic()
         self.model = values.get("model")
         self.stream = values.get("stream") is True
         self.conversation, self.thread = conversation_keys(request.fields, values)
         self.texts: List[str] = []              # of its prompt, until they are estimated
 
+    def age_s(self) -> float:
+        return time.monotonic() - self.began_s
+
     def look_at_prompt(self) -> bytes:
-        """Take the prompt's digests while its model is at work; no header comes of it."""
+        """Take the prompt's digests and its estimate, while its model is at work.
+
+        Both are compared with what comes. No header comes of it.
+        """
         if not self.segments and self.thread:
             self.segments = prompt_segments(self.values)
+        if self.texts and not self.estimate and self.is_long:
+            self.estimate = class_tokens(self.texts)
+        self.texts = []
         return b""
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
+        body = self.body
         if self.place is None:
-            return route_body(self.body, self.values, route, self.path, name)
+            return route_body(body, self.values, route, self.path, name)
         start, end = self.place
         if not name or not end:
-            return [self.body]
-        return [self.body[:start], name.encode(), self.body[end:]]
+            return [body]
+        return [body[:start], name.encode(), body[end:]]
 
     def release(self) -> None:
         """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
@@ -11616,28 +12024,43 @@ class Asked:
             "path": self.path,
             "stream": self.stream,
             "stage": self._stage(),
-            "since_s": round(time.monotonic() - self.began_s, 1),
+            "since_s": round(self.age_s(), 1),
         }
 
     def _stage(self) -> str:
         """What it waits for, in words."""
-        stage = self.lease.stage() if self.lease else ""
+        stage = self.lease.stage()
         if stage:
             return stage
         if not self.body:                       # let go of when the answer begins
             return "writing"
-        share = self.lease.prompt_read() if self.lease else 0.0
-        return "reading the prompt" + percent_words(share)
+        return "reading the prompt" + percent_words(self.lease.prompt_read())
+
+
+def read_asked(client: Client, request: Request, path: str, target: str) -> Asked:
+    """Read an inference request. Errors: HttpError, ClientGone."""
+    request, body = read_decoded(client, request)
+    values = read_object(body)
+    content_type = request.fields.get(b"content-type", b"")
+    if b"json" not in content_type.lower():     # curl -d says it is a form
+        request = with_header(request, _AS_JSON)
+    if values.get("stream") is True:
+        request = with_header(request, UNCOMPRESSED)
+    return Asked(client, request, path, target, body, values)
 
 
 def unknown_model(config: Config, model: object) -> HttpError:
     """The 404 for a name that no model has: what was probably meant, and what there is."""
-    names = ["auto", *(tier.name for tier in config.offered)]
-    aliases = [alias for tier in config.offered for alias in tier.aliases]
+    names = ["auto"]
+    aliases: List[str] = []
+    for tier in config.offered:
+        names.append(tier.name)
+        aliases += tier.aliases
     asked = str(model)
     near = _did_you_mean(asked, [*names, *aliases]) or "."
-    return HttpError(404, f"there is no model {asked[:200]!r}{near} The models here are"
-                          f" {', '.join(names)}", "not_found")
+    known = ", ".join(names)
+    what = f"there is no model {asked[:200]!r}{near} The models here are {known}"
+    return HttpError(404, what, "not_found")
 
 
 def decision_headers(decision: Decision, tier: str, fallbacks: Sequence[str],
@@ -11666,13 +12089,18 @@ class Descent:
 
     def __init__(self, asked: Asked, decision: Decision, snapshot: Snapshot, breaker: Breaker,
                  conversations: Conversations) -> None:
-        self.asked, self.decision, self._snapshot = asked, decision, snapshot
-        self._breaker, self._conversations = breaker, conversations
+        self.asked = asked
+        self.decision = decision
+        self._routes = snapshot.routes          # the same for all tries: a reload may come between
+        self._breaker = breaker
+        self._conversations = conversations
         self.tier, *self._left = decision.chain
+        self.route = self._routes[self.tier.name]
+        # A prompt's true size may bring back tiers that the estimate has left out of the chain.
         self._tried = {self.tier.name}
-        self._own_fault = False
-        self._reason = ""
+        self._own_fault = False                 # the last error was the request's, not the tier's
         self.fallbacks: List[str] = []
+        self._reason = ""
 
     @property
     def reason(self) -> str:
@@ -11680,86 +12108,89 @@ class Descent:
         self._reason = self._reason or self.decision.reason
         return self._reason
 
-    @property
-    def route(self) -> Route:
-        return self._snapshot.routes[self.tier.name]
-
     def prefer(self, tiers: Sequence[Tier]) -> None:
         """Ask these before the others, once the first has had its chance."""
-        self._left = [*tiers, *(tier for tier in self._left if tier not in tiers)]
+        others = [tier for tier in self._left if tier not in tiers]
+        self._left = [*tiers, *others]
 
     def headers(self) -> bytes:
-        """The lines that an answer of the present tier gets.
-
-        They are made while the model is at work, as is what the answer's counts are compared with.
-        """
-        asked, decision, name = self.asked, self.decision, self.tier.name
+        """The lines that an answer of the present tier gets, made while the model is at work."""
+        asked = self.asked
         asked.look_at_prompt()
-        if not asked.estimate and decision.facts.most_tokens >= WORTH_LEARNING_TOKENS:
-            asked.estimate = class_tokens(asked.texts)
-        asked.texts = []
-        lines = decision_headers(decision, name, self.fallbacks, self.reason)
+        name = self.tier.name
+        lines = decision_headers(self.decision, name, self.fallbacks, self.reason)
         return lines + leaving_header(asked.leaving, name)
-
-    def learn(self, truth: int) -> None:
-        """Keep how many tokens the prompt really has, by an answer or a refusal."""
-        if truth >= WORTH_LEARNING_TOKENS:
-            self._conversations.learn(self.asked.conversation, self.asked.estimate, truth)
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
         need = prompt_tokens_said(status, text)
-        self._own_fault = bool(need) or own_fault(status, text)
+        own = need > 0 or own_fault(status, text)
+        self._own_fault = own
+        # Too long: to a tier that holds it. A picture: to one that takes it. Any other fault of the
+        # request's own would be the next tier's answer, too.
         if need:
-            self.learn(need)
+            self._conversations.learn(self.asked.conversation, self.asked.estimate, need)
             self._left = self._holding(need)
-        elif self._own_fault and pictures_refused(text):
-            self._left = [t for t in self._left if t.takes_pictures]
-        elif self._own_fault or not falls_through(status, self.route.hosted):
+        elif own and pictures_refused(text):
+            self._left = [tier for tier in self._left if tier.takes_pictures]
+        elif own or not falls_through(status, self.route.hosted):
             self._left = []
-        return bool(self._left)
+        return len(self._left) > 0
 
     def _holding(self, tokens: int) -> List[Tier]:
         """The tiers not tried yet that hold a prompt of so many tokens, nearest first."""
-        facts, down = self.decision.facts, self.decision.down
+        decision = self.decision
         holds = []
-        for tier in self.decision.preference:
-            needed = tokens + output_reserve(facts, tier)
-            if tier.name not in self._tried and needed <= tier.ctx_size:
+        for tier in decision.preference:
+            if tier.name in self._tried:
+                continue
+            needed = tokens + output_reserve(decision.facts, tier)
+            if needed <= tier.ctx_size:
                 holds.append(tier)
-        return [t for t in holds if t.name not in down] or holds[:1]
+        up = [tier for tier in holds if tier.name not in decision.down]
+        return up or holds[:1]
 
     def settle(self, outcome: Outcome) -> bool:
-        """Note how the try ended; True when the next tier is to be asked."""
-        self._note(outcome)
-        if outcome.state not in ("rejected", "unreachable", "failed") or not self._left:
+        """Tell the breaker how the try ended; True when the next tier is to be asked."""
+        self._tell_breaker(outcome)
+        failed = outcome.state in ("rejected", "unreachable", "failed")
+        if not failed or not self._left:
             return False
-        failed, self.tier = self.tier.name, self._left.pop(0)
+        last = self.tier.name
+        self.tier = self._left.pop(0)
+        name = self.tier.name
+        self.route = self._routes[name]
         why = outcome.status or outcome.detail
-        self.fallbacks.append(f"{failed}\u2192{self.tier.name} ({why})")
-        self._tried.add(self.tier.name)
+        self.fallbacks.append(f"{last}\u2192{name} ({why})")
+        self._tried.add(name)
         self._own_fault = False
         return True
 
-    def _note(self, outcome: Outcome) -> None:
+    def _tell_breaker(self, outcome: Outcome) -> None:
         """Hold a failure against the tier, or forget what was held."""
-        name, route = self.tier.name, self.route
-        if outcome.state == "done" and outcome.status < 400:
-            self._breaker.answered(name)
-        elif outcome.state == "broken":
-            self._breaker.trip(name, "broke off its answer a moment ago", growing=route.hosted)
-        elif outcome.state == "failed":
-            self._breaker.trip(name, outcome.detail.splitlines()[0], FAILED_LOAD_S)
+        breaker = self._breaker
+        name = self.tier.name
+        if outcome.answered:
+            breaker.answered(name)
+            return
+        host = self.route.host
+        hosted = self.route.hosted
+        if outcome.state == "broken":
+            breaker.trip(name, "broke off its answer a moment ago", growing=hosted)
+        elif outcome.state == "failed":         # its first line: the tail of a log is behind it
+            why, *_ = outcome.detail.splitlines()
+            breaker.trip(name, why, FAILED_LOAD_S)
         elif outcome.state == "unreachable":
-            host = route.host
+            # A host that is offline says so itself. And a tier of the engine, whose server has
+            # just ended or was not waited for longer, is loaded again by the next request.
             if host is not None and not host.offline:       # it took the connection
-                self._breaker.trip(name, outcome.detail, growing=True)
-        elif self._own_fault or not falls_through(outcome.status, route.hosted):
-            if route.hosted:                    # it works: the request is at fault
-                self._breaker.answered(name)
+                breaker.trip(name, outcome.detail, growing=True)
+        elif self._own_fault or not falls_through(outcome.status, hosted):
+            if hosted:                          # it works: the request is at fault
+                breaker.answered(name)
         else:
-            self._breaker.trip(name, f"answered {outcome.status} a moment ago",
-                               outcome.retry_after_s, route.hosted)
+            why = f"answered {outcome.status} a moment ago"
+            breaker.trip(name, why, outcome.retry_after_s, growing=hosted)
 
 
 _ACTION = re.compile(r"/llmstack/(?:(?:load|unload)/[^/]{1,200}|requests/[0-9]{1,15}/stop)\Z")
@@ -11782,30 +12213,105 @@ class Setting(NamedTuple):
     clock: Callable[[], float] = time.monotonic
 
 
+def leaving_of(known: Conversation, decision: Decision, behind: Behind) -> Leaving:
+    """What a decision leaves behind on the tier of its conversation's last turn."""
+    old = known.tier
+    new = decision.tier
+    tokens = known.held.get(old, 0)
+    # Infill is no part of what is said: its conversation goes on where it was.
+    if not tokens or decision.rung == "fim" or old == new:
+        return STAYS
+    needed = decision.facts.full_tokens
+    old_pace = behind.pace(old, needed)
+    new_pace = behind.pace(new, needed)
+    held_there = min(known.held.get(new, 0), needed)
+    cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
+    return Leaving(old, tokens, cost_s)
+
+
+def compare_turns(asked: Asked, row: Dict[str, Any]) -> None:
+    """Put into a request's row what its conversation's last turn has left of the cache."""
+    known = asked.known
+    tier = row["tier"]
+    before = known.segments
+    now = asked.segments
+    if len(now) > len(before) > 0:              # as many messages or fewer: it began anew
+        share, where = same_beginning(before, now)
+        row["same"] = round(share, 3)
+        row["differs"] = where
+        row["held"] = known.held.get(tier, 0)
+        row["client"] = client_named(asked.request.fields)
+    if known.tier not in ("", tier):
+        row["left"] = {
+            "tier": known.tier,
+            "tokens": known.held[known.tier],
+            "cost_s": round(asked.leaving.cost_s, 1),
+        }
+
+
+def key_headers(request: Request, key: str) -> FrozenSet[bytes]:
+    """The headers that carry the router's key, which no upstream gets. Errors: HttpError 401."""
+    import hmac
+    offered = {b"x-api-key": request.header(b"x-api-key")}
+    scheme, _, token = request.header(b"authorization").partition(" ")
+    if scheme.lower() == "bearer":
+        offered[b"authorization"] = token.strip()
+    ours = []
+    for name, value in offered.items():
+        # compare_digest takes as long for a wrong key, however much of it is right.
+        if hmac.compare_digest(value.encode("latin-1"), key.encode()):
+            ours.append(name)
+    if not ours:
+        raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
+                             " x-api-key", "authentication_error")
+    return frozenset(ours)
+
+
+def models_ini_bytes(path: str, bundled: bytes) -> bytes:
+    """models.ini as it is on the disk now, or as bundled. Errors: HttpError 404."""
+    try:
+        text = read_regular(path, MAX_INI_BYTES)
+    except OSError:
+        if not bundled:
+            raise HttpError(404, f"there is no {path} any more; run `llmstack start` in its project"
+                                 " to seed one", "not_found") from None
+        text = bundled
+    # A user may have written one there since; the daemon runs on what it has read before.
+    if holds_secret(text.decode("utf-8", "replace")):
+        raise HttpError(404, "models.ini holds what looks like a key and is not served;"
+                             " `llmstack reload` names the line", "not_found")
+    return text
+
+
 class RouterApp(App):
     """127.0.0.1:10101: decides for `auto`, asks tiers by name, passes everything else through."""
 
     def __init__(self, config: Config, behind: Behind, log: Log,
                  setting: Optional[Setting] = None) -> None:
-        self.log, self.behind = log, behind
-        self._given = setting or Setting()
-        behind.remedy = self._given.remedy
-        self._breaker = Breaker(self._given.clock)
+        given = setting or Setting()
+        behind.remedy = given.remedy
+        self.log = log
+        self.behind = behind
+        self._given = given
+        self._breaker = Breaker(given.clock)
         self._conversations = Conversations()
-        self._record = self._given.record
-        self._ongoing: Dict[int, Tuple[Client, Asked]] = {}     # inference requests under way
+        self._ongoing: Dict[int, Asked] = {}    # inference requests under way
         self._number = itertools.count(1)
         self._page = read_page()
         # In a container or an editor, the machine's name may stand for us.
         name = socket.gethostname().lower()
-        in_lan = name.partition(".")[0] + ".local"
+        short, _, _ = name.partition(".")
+        in_lan = f"{short}.local"
         self._own_names = (name, in_lan, *CONTAINER_HOSTS)
         self._snapshot = self._adopt(config, {}, {})
-        self._started_with = tuple(map(as_loaded, config.tiers))
+        self._started_with = [as_loaded(tier) for tier in config.tiers]
         self._started = time.time()
         self._read_last = self._ini_digest()    # of models.ini, as it was read last
         self.events = Events()
         self.events.sources.append(self.look)
+        self._record = given.record
+        if self._record:
+            self.events.hearers.append(self._record.add)
         self._last_rotation = time.monotonic()
         self._reload_asked = False
 
@@ -11824,15 +12330,19 @@ class RouterApp(App):
         if self._given.reload is None:
             return "this router reads no models.ini again"
         digest = self._ini_digest()             # before it is read: what changes later is new
+        now = self._snapshot
         try:
-            now = self._snapshot
-            self._snapshot = self._adopt(self._given.reload(), now.hosts, now.served)
+            config = self._given.reload()
+            self._snapshot = self._adopt(config, now.hosts, now.served)
         except UserError as exc:
             self.log.error(f"models.ini refused, the old one stays: {exc}")
             return str(exc)
         self._read_last = digest
-        tiers = ", ".join(f"{t.role or '-'}={t.name}" for t in self.config.tiers)
-        self.log.info(f"models.ini read again: {tiers}")
+        tiers = []
+        for tier in config.tiers:
+            role = tier.role or "-"
+            tiers.append(f"{role}={tier.name}")
+        self.log.info(f"models.ini read again: {', '.join(tiers)}")
         return ""
 
     def _adopt(self, asked: Config, known: Mapping[str, Host],
@@ -11847,31 +12357,23 @@ class RouterApp(App):
             route = plan_route(tier, config, missing)
             if tier.backend == "openai":
                 url = tier.base_url
-                if url not in hosts:
-                    # A host goes on with its connections, and with what it knows of the network.
-                    hosts[url] = known.get(url) or self._host(url)
-                route = self._to_host(route, hosts[url])
+                # A host goes on with its connections, and with what it knows of the network.
+                host = hosts.get(url) or known.get(url)
+                if host is None:
+                    host = host_of(url, self.log, given.clock)
+                hosts[url] = host
+                route = to_host(route, host, given.env)
             for name in tier.names:
                 routes[name] = route
-        barred = {**given.unserved(config), **missing}
-        names = (*config.allowed_hosts, *self._own_names)
-        return Snapshot(config, routes, hosts, barred, asked, served, names)
-
-    def _host(self, url: str) -> Host:
-        plain = parse_upstream(url)
-        tls = url.startswith("https:")
-        return Host(plain.host, plain.port, plain.prefix, tls, self.log, self._given.clock)
-
-    def _to_host(self, route: Route, host: Host) -> Route:
-        """The route of a direct host's tier, with the host's key."""
-        variable = route.tier.api_key_env
-        headers: Tuple[Header, ...] = ()
-        if variable:
-            key = self._given.env.get(variable, "").strip()
-            value = b"Bearer " + key.encode("ascii", "ignore")
-            headers = ((b"authorization", value, b"Authorization: " + value),)
-        bare = bool(re.search(r"/v[0-9]+[a-z0-9]*(?:/|\Z)", host.prefix))
-        return route._replace(host=host, headers=headers, bare=bare)
+        return Snapshot(
+            config=config,
+            routes=routes,
+            hosts=hosts,
+            barred={**given.unserved(config), **missing},
+            asked=asked,
+            served=served,
+            names=(*config.allowed_hosts, *self._own_names),
+        )
 
     # ---- housekeeping
 
@@ -11880,6 +12382,7 @@ class RouterApp(App):
             self._reload_asked = False
             self.reload()
         now = self._snapshot
+        # A llama-server says what its slots hold, which may be less than models.ini asks for.
         served = self.behind.contexts()
         if served != now.served:                # a model has been loaded for the first time
             self._snapshot = self._adopt(now.asked, now.hosts, served)
@@ -11889,7 +12392,7 @@ class RouterApp(App):
             host.close_idle()
         self.behind.close_idle()
         self.log.flush()
-        if self._record is not None:
+        if self._record:
             self._record.flush()
         if time.monotonic() - self._last_rotation > 30:
             self._last_rotation = time.monotonic()
@@ -11901,56 +12404,45 @@ class RouterApp(App):
 
     def answer(self, client: Client, request: Request) -> None:
         path, mark, query = request.target.partition("?")
+        method = request.method
         inference = ""
-        if request.method == "POST":
+        if method == "POST":
             inference = inference_path(path)
+        # From here on, an error has the shape that the path's clients read.
         client.protocol = inference or ollama_path(path)
+        given = self._given
         now = self._snapshot
-        check_caller(client, request, self._given.loopback, now.config.allowed_origins, now.names)
-        if request.method == "OPTIONS" and b"access-control-request-method" in request.fields:
+        origins = now.config.allowed_origins
+        check_caller(client, request, given.loopback, origins, now.names)
+        if method == "OPTIONS" and b"access-control-request-method" in request.fields:
             reply_preflight(client, request)    # without a key, which a browser does not send there
             return
-        if path == "/" and request.method in ("GET", "HEAD"):
+        if path == "/" and method in ("GET", "HEAD"):
             self._front(client, request)        # without the key: the page asks for it
             return
-        drop = _JUDGED_HERE
-        if self._given.key:
-            drop = drop | self._check_key(request)
+        if given.key:
+            ours = key_headers(request, given.key)
+            request = without_headers(request, ours)
+        if b"origin" in request.fields:         # judged here; what is behind would refuse it
+            request = without_headers(request, (b"origin",))
         if inference:
             target = inference + mark + query
-            asked = self._read_asked(client, request, inference, target, drop)
-            self._infer(client, asked)
+            asked = read_asked(client, request, inference, target)
+            self._infer(asked)
         elif client.protocol:
-            self._answer_ollama(client, request, client.protocol, drop)
-        elif not self._answer_ourselves(client, request, path, drop):
-            self._pass_through(client, request, path, drop)
+            self._answer_ollama(client, request, client.protocol)
+        elif not self._answer_ourselves(client, request, path):
+            self._pass_through(client, request, path)
 
-    def _answer_ourselves(self, client: Client, request: Request, path: str,
-                          drop: FrozenSet[bytes]) -> bool:
-        """Answer what the router knows itself; False for any other path."""
-        read, post = request.method in ("GET", "HEAD"), request.method == "POST"
-        told: Dict[str, Callable[[], Any]] = {
-            "/llmstack/snapshot": self.events.snapshot,
-            "/llmstack/state": self.state,
-            "/llmstack/memory": self.behind.memory,
-            "/llmstack/requests": self.requests,
-        }
-        models = _MODELS_PATH.match(path) if read else None
-        if path == "/llmstack/events" and request.method == "GET":
-            self.events.listen(client, request)
-        elif request.target == "/metrics" and read:     # with a query it is a model's own
-            text = self.events.counters.render(self._gauges())
-            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
-        elif read and path in told:
-            client.reply_json(told[path]())
-        elif read and path == "/models.ini":
-            self._models_ini_text(client)
-        elif models is not None:
-            name = unquoted(models.group(1) or "")
-            self._models(client, request, name, drop)
-        elif post and _ACTION.match(path):
-            self._act(client, request, path, drop)
-        elif post and path == "/llmstack/reload":
+    def _answer_ourselves(self, client: Client, request: Request, path: str) -> bool:
+        """Answer what the router knows or does itself; False for any other path."""
+        if request.method in ("GET", "HEAD"):
+            return self._show(client, request, path)
+        if request.method != "POST":
+            return False
+        if _ACTION.match(path):
+            self._act(client, request, path)
+        elif path == "/llmstack/reload":
             client.read_body(request)
             problem = self.reload()
             answer = {"ok": not problem, "problem": problem}
@@ -11959,28 +12451,55 @@ class RouterApp(App):
             return False
         return True
 
+    def _show(self, client: Client, request: Request, path: str) -> bool:
+        """Answer what can be read here; False for any other path."""
+        told: Dict[str, Callable[[], Any]] = {
+            "/llmstack/snapshot": self.events.snapshot,
+            "/llmstack/state": self.state,
+            "/llmstack/memory": self.behind.memory,
+            "/llmstack/requests": self.requests,
+        }
+        models = _MODELS_PATH.match(path)
+        if path in told:
+            client.reply_json(told[path]())
+        elif models:
+            name = unquoted(models.group(1) or "")
+            self._models(client, request, name)
+        elif path == "/llmstack/events" and request.method == "GET":
+            self.events.listen(client, request)
+        elif request.target == "/metrics":      # with a query it is a model's own
+            text = self.events.counters.render(self._gauges())
+            client.reply(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif path == "/models.ini":
+            ini = models_ini_bytes(self._given.models_ini, self._given.bundled)
+            pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
+            client.reply(200, ini, "text/plain; charset=utf-8", pid)
+        else:
+            return False
+        return True
+
     def _front(self, client: Client, request: Request) -> None:
         """The page for a browser; for others where the API is."""
         page = self._page
-        if page is not None and b"text/html" in request.fields.get(b"accept", b"").lower():
+        accepted = request.fields.get(b"accept", b"").lower()
+        if page is not None and b"text/html" in accepted:
             client.reply(200, page.html, "text/html; charset=utf-8", page.headers)
             return
         where = {"name": "llmstack", "api": "/v1", "models": "/v1/models"}
         client.reply_json(where, extra=b"Vary: Accept\r\n")
 
-    def _act(self, client: Client, request: Request, path: str, drop: FrozenSet[bytes]) -> None:
+    def _act(self, client: Client, request: Request, path: str) -> None:
         """Load or unload a tier, or end a request. Errors: HttpError, ClientGone."""
         if not may_change(request):
             raise HttpError(403, "what changes something wants an X-LLMStack header, or this"
                                  " router's own Origin", "forbidden")
         client.read_body(request)
-        verb, name = path.split("/")[2:4]
+        _, _, verb, name, *_ = path.split("/")
         if verb == "requests":
-            ongoing = self._ongoing.get(int(name))
-            if ongoing is None:
+            asked = self._ongoing.get(int(name))
+            if asked is None:
                 raise HttpError(404, f"no request {name} is under way", "not_found")
-            its_client, _ = ongoing
-            its_client.give_way()               # it ends as if its client had left
+            asked.client.give_way()             # it ends as if its client had left
             client.reply_json({"ok": True})
             return
         tier = self.config.by_name(name)
@@ -11992,126 +12511,68 @@ class RouterApp(App):
             wanted = request._replace(target=f"/api/models/unload/{tier.name}")
         else:                                   # a request that wants nothing of the model but it
             wanted = request._replace(method="GET", target=f"/upstream/{tier.name}/health")
-        self.behind.pass_on(client, wanted, b"", drop)
+        self.behind.forward(client, wanted, b"")
 
-    def _pass_through(self, client: Client, request: Request, path: str,
-                      drop: FrozenSet[bytes]) -> None:
+    def _pass_through(self, client: Client, request: Request, path: str) -> None:
         """Everything else is for the tier that it names, or for what is behind us."""
         request, body = read_decoded(client, request)
-        values = _json_of(request, body)
-        place: Optional[Tuple[int, int]] = None
-        if isinstance(values, dict):
-            name = values.get("model")
-        else:
-            place = form_model(request.header(b"content-type"), body)
-            start, end = place
-            in_form = str(body[start:end], "utf-8", "replace").strip()
-            name = in_form or _asked_in(request.target)
-            values = {"model": name}
+        values, place = values_in(request, body)
+        model = values.get("model")
         route: Optional[Route] = None
-        named = isinstance(name, str) and not is_auto(name)
-        if named and not path.startswith("/upstream/"):     # that names its model in its path
-            tier = self._resolve(request, name, drop)
-            route = self._snapshot.routes.get(tier)
+        in_path = path.startswith("/upstream/")     # the model that it is for
+        named = isinstance(model, str) and not is_auto(model)
+        if named and not in_path:
+            name = self._resolve(request, model)
+            route = self._snapshot.routes.get(name)
         if route is None:
-            self.behind.pass_on(client, request, body, drop)
+            self.behind.forward(client, request, body)
             return
         target = request.target
         if route.host is None:
             target = self.behind.target(route.tier.name, target)
-        asked = Asked(request, path, target, body, values, drop)
+        asked = Asked(client, request, path, target, body, values)
         asked.place = place
-        self._ask_named(client, asked, route)
+        self._ask_named(asked, route)
 
-    def _check_key(self, request: Request) -> FrozenSet[bytes]:
-        """The headers that carry our key, which is not for the upstream. Errors: HttpError 401."""
-        import hmac
-        scheme, _, token = request.header(b"authorization").partition(" ")
-        offered = {b"x-api-key": request.header(b"x-api-key")}
-        if scheme.lower() == "bearer":
-            offered[b"authorization"] = token.strip()
-        key = self._given.key.encode()
-        # compare_digest takes as long for a wrong key, however much of it is right.
-        ours = [name for name, value in offered.items()
-                if hmac.compare_digest(value.encode("latin-1"), key)]
-        if not ours:
-            raise HttpError(401, "this router wants its LLMSTACK_API_KEY, as a Bearer token or"
-                                 " x-api-key", "authentication_error")
-        return frozenset(ours)
-
-    def _models_ini_text(self, client: Client) -> None:
-        """models.ini as it is on the disk now, or as bundled where there is no project."""
-        try:
-            text = read_regular(self._given.models_ini, MAX_INI_BYTES)
-        except OSError:
-            if not self._given.bundled:
-                raise HttpError(404, f"there is no {self._given.models_ini} any more; run `llmstack"
-                                     " start` in its project to seed one", "not_found") from None
-            text = self._given.bundled
-        if holds_secret(text.decode("utf-8", "replace")):
-            raise HttpError(404, "models.ini holds what looks like a key and is not served;"
-                                 " `llmstack reload` names the line", "not_found")
-        pid = b"X-LLMStack-Pid: %d\r\n" % os.getpid()
-        client.reply(200, text, "text/plain; charset=utf-8", pid)
-
-    def _listing(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def _listing(self, request: Request) -> Dict[str, Any]:
         """The list of what is behind us with `auto` in front; else what models.ini knows."""
         config = self.config
         try:
-            listing = self.behind.models(request, drop)
-            theirs = [e for e in listing["data"] if isinstance(e, dict)]
+            listing = self.behind.models(request)
+            theirs = [entry for entry in listing["data"] if isinstance(entry, dict)]
         except _NO_LISTING:
             listing = {"object": "list"}
-            theirs = [tier_entry(t) for t in config.tiers]
-        return {**listing, "data": list_models(config, theirs)}
+            theirs = [tier_entry(tier) for tier in config.tiers]
+        listing["data"] = list_models(config, theirs)
+        return listing
 
-    def _models(self, client: Client, request: Request, name: str, drop: FrozenSet[bytes]) -> None:
+    def _models(self, client: Client, request: Request, name: str) -> None:
         """The list of models, or its entry of one name. Errors: HttpError 404."""
-        answer = self._listing(request, drop)
         anthropic = b"anthropic-version" in request.fields
         if name:
-            answer = self._one_model(answer["data"], name)
+            answer = self._entry(request, name)
             if anthropic:
                 answer = anthropic_model(answer)
-        elif anthropic:
-            answer = anthropic_models(answer["data"])
+        else:
+            answer = self._listing(request)
+            if anthropic:
+                answer = anthropic_models(answer["data"])
         client.reply_json(answer)
 
-    def _one_model(self, entries: Sequence[Dict[str, Any]], name: str) -> Dict[str, Any]:
-        """The entry of what a name means, under that name. Errors: HttpError 404."""
-        by_id = {str(entry.get("id")): entry for entry in entries}
-        for known in (name, resolve_name(self.config, name)):
-            if known in by_id:
-                return {**by_id[known], "id": name}
-        raise unknown_model(self.config, name)
-
-    def _offline(self) -> Dict[str, str]:
-        """Tiers whose host cannot be reached, with the reason."""
-        found = {}
-        for route in self._snapshot.routes.values():
-            host = route.host
-            if host is not None and host.offline:
-                found[route.tier.name] = host.why()
-        return found
+    def _entry(self, request: Request, name: str) -> Dict[str, Any]:
+        """The list's entry of what a name means, under that name. Errors: HttpError 404."""
+        config = self.config
+        entries = {}
+        for entry in self._listing(request)["data"]:
+            entries[str(entry.get("id"))] = entry
+        for known in (name, resolve_name(config, name)):
+            if known in entries:
+                return {**entries[known], "id": name}
+        raise unknown_model(config, name)
 
     def state(self) -> Dict[str, Dict[str, str]]:
-        """Hosted tiers and those left alone -> state and reason, for `status`; no secrets."""
-        now = self._snapshot
-        found = {}
-        for route in now.routes.values():
-            if route.hosted:
-                found[route.tier.name] = {"state": "available", "reason": ""}
-        # What stands further down counts for more.
-        for state, tiers in (("failing", self._breaker.down()), ("offline", self._offline()),
-                             ("not served", now.barred)):
-            for name, why in tiers.items():
-                found[name] = {"state": state, "reason": why}
-        for route in now.routes.values():
-            status, why, _ = route.refused
-            if status:
-                state = "local_only" if status == 403 else "no credential"
-                found[route.tier.name] = {"state": state, "reason": why}
-        return found
+        """See Snapshot.state."""
+        return self._snapshot.state(self._breaker.down())
 
     # ---- for those who look on
 
@@ -12120,7 +12581,7 @@ class RouterApp(App):
 
     def _about(self) -> Dict[str, Any]:
         """The daemon itself, and whether its models.ini has changed since it read it."""
-        tiers = tuple(map(as_loaded, self._snapshot.asked.tiers))
+        tiers = [as_loaded(tier) for tier in self._snapshot.asked.tiers]
         unread = self._ini_digest() != self._read_last
         return {
             "version": VERSION,
@@ -12132,11 +12593,15 @@ class RouterApp(App):
     def look(self) -> Dict[str, Any]:
         """The router's parts of a snapshot."""
         watched = self.behind.watched()
-        models, parked = watched.get("models", {}), watched.get("parked", [])
-        in_memory = [row for row in models.values() if row["state"] in IN_MEMORY]
+        models = watched.get("models", {})
+        parked = watched.get("parked", [])
+        resident = 0
+        for row in models.values():
+            if row["state"] in IN_MEMORY:
+                resident += row.get("bytes", 0)
         memory = {
             "budget": watched.get("budget", 0),
-            "resident": sum(row.get("bytes", 0) for row in in_memory),
+            "resident": resident,
             "parked": sum(row["bytes"] for row in parked),
             "pressure": watched.get("pressure", ""),
         }
@@ -12150,7 +12615,8 @@ class RouterApp(App):
 
     def _tier_rows(self, models: Mapping[str, Dict[str, Any]]) -> List[Dict[str, Any]]:
         """A row a tier; those of LiteLLM that can answer are as ready as its proxy is."""
-        told, rows = self.state(), []
+        rows = []
+        told = self.state()
         for tier in self.config.tiers:
             name = tier.name
             mark = told.get(name, {"state": "unknown", "reason": ""})
@@ -12161,12 +12627,14 @@ class RouterApp(App):
                 "ctx_size": tier.ctx_size,
                 "per_s": self.events.rates.get(name, 0.0),
                 **mark,
-                **models.get(name, {}),
+                **models.get(name, {}),         # of what runs, its own word counts
             }
             row["reason"] = row["reason"] or mark["reason"]
             if tier.backend == "litellm" and row["state"] == "available":
                 row["state"] = models.get(PROXY, row)["state"]
-            if row["state"] == "not served" and row["reason"].startswith("missing "):
+            is_barred = row["state"] == "not served"
+            # What a tier lacks that is not served may be its key alone.
+            if is_barred and row["reason"].startswith("missing "):
                 row["state"] = "no credential"
             rows.append(row)
         return rows
@@ -12174,7 +12642,7 @@ class RouterApp(App):
     def _under_way(self) -> List[Dict[str, Any]]:
         """The requests, with their beginning instead of their age: a row that stays is no news."""
         rows = []
-        for number, (_, asked) in list(self._ongoing.items()):
+        for number, asked in list(self._ongoing.items()):
             row = asked.row(number)
             del row["since_s"]
             row["began"] = round(asked.began_s + self.events.epoch)
@@ -12183,13 +12651,14 @@ class RouterApp(App):
 
     def _gauges(self) -> Samples:
         state = self.events.state()
+        memory = state["memory"]
         samples: Samples = {
             ("llmstack_requests_in_flight", ()): len(self._ongoing),
-            ("llmstack_connections", ()): self.server.connections() if self.server else 0}
-        memory = state["memory"]
-        for kind in ("budget", "resident"):
-            samples["llmstack_memory_bytes", (kind,)] = memory[kind]
-        samples["llmstack_parked_bytes", ()] = memory["parked"]
+            ("llmstack_connections", ()): self.server.connections(),
+            ("llmstack_memory_bytes", ("budget",)): memory["budget"],
+            ("llmstack_memory_bytes", ("resident",)): memory["resident"],
+            ("llmstack_parked_bytes", ()): memory["parked"],
+        }
         for row in state["tiers"]:
             if row["backend"] == "gguf":
                 tier = (row["name"],)
@@ -12200,32 +12669,34 @@ class RouterApp(App):
 
     # ---- Ollama's API
 
-    def _answer_ollama(self, client: Client, request: Request, path: str,
-                       drop: FrozenSet[bytes]) -> None:
+    def _answer_ollama(self, client: Client, request: Request, path: str) -> None:
         """Answer a path of Ollama's API. Errors: HttpError, ClientGone."""
         request, body = read_decoded(client, request)
         if path == "/api/version":
             client.reply_json({"version": OLLAMA_VERSION})
             return
         if path in ("/api/tags", "/api/ps"):
-            entries = self._listing(request, drop)["data"]
-            if path == "/api/ps":
-                entries = [e for e in entries if "'loaded'" in str(e.get("status"))]
-            client.reply_json({"models": [ollama_model(entry) for entry in entries]})
+            models = []
+            for entry in self._listing(request)["data"]:
+                runs = "'loaded'" in str(entry.get("status"))
+                if runs or path == "/api/tags":
+                    models.append(ollama_model(entry))
+            client.reply_json({"models": models})
             return
         values = read_object(body)
         model = values.get("model") or values.get("name")
         if path in _OLLAMA_ASKS:
-            self._ask_ollama(client, request, path, {**values, "model": model}, drop)
+            values["model"] = model
+            self._ask_ollama(client, request, path, values)
             return
-        entry = self._one_model(self._listing(request, drop)["data"], str(model))
+        entry = self._entry(request, str(model))
         if path == "/api/show":
             client.reply_json(ollama_show(entry))
         else:                                   # /api/pull: there is nothing to fetch
             client.reply_json({"status": "success"})
 
-    def _ask_ollama(self, client: Client, request: Request, path: str, values: Dict[str, Any],
-                    drop: FrozenSet[bytes]) -> None:
+    def _ask_ollama(self, client: Client, request: Request, path: str,
+                    values: Dict[str, Any]) -> None:
         """Ask a model what a request of Ollama's API asks. Errors: HttpError, ClientGone."""
         target = _OLLAMA_ASKS[path]
         chats = target != "/v1/embeddings"
@@ -12234,161 +12705,151 @@ class RouterApp(App):
         else:
             texts = values.get("input", values.get("prompt"))
             asks = {"model": values["model"], "input": texts}
-        stream = asks.get("stream", False)
-        translation = OllamaAnswer(path, str(values["model"] or "auto"), stream)
-        if chats and not (values.get("prompt") or values.get("messages")):
+        translation = OllamaAnswer(
+            path,
+            str(values["model"] or "auto"),
+            asks.get("stream", False),
+        )
+        says = values.get("prompt") or values.get("messages")
+        if chats and not says:
             # `ollama run` asks for nothing to have the model loaded; its first words do that here.
-            client.reply(200, translation.nothing(), translation.content_type.decode())
+            content_type = translation.content_type.decode()
+            client.reply(200, translation.nothing(), content_type)
             return
-        request = with_header(with_header(request, _AS_JSON), UNCOMPRESSED)
-        body = json.dumps(asks, ensure_ascii=False).encode("utf-8", "replace")
-        asked = Asked(request, target, target, body, asks, drop)
+        request = with_header(request, _AS_JSON)
+        request = with_header(request, UNCOMPRESSED)
+        text = json.dumps(asks, ensure_ascii=False)
+        body = text.encode("utf-8", "replace")
+        asked = Asked(client, request, target, target, body, asks)
         asked.translation = translation
-        self._infer(client, asked)
+        self._infer(asked)
 
     # ---- inference
 
-    def _infer(self, client: Client, asked: Asked) -> None:
+    def _infer(self, asked: Asked) -> None:
+        """Answer an inference request. Errors: HttpError, ClientGone."""
         number = next(self._number)
         asked.known = self._conversations.get(asked.thread)
-        self._ongoing[number] = client, asked
+        self._ongoing[number] = asked
         try:
-            self._answer_asked(client, asked)
-        finally:
+            self._answer_asked(asked)
+        finally:                                # whatever was raised: it is shown as under way
             del self._ongoing[number]
 
-    @staticmethod
-    def _read_asked(client: Client, request: Request, path: str, target: str,
-                    drop: FrozenSet[bytes]) -> Asked:
-        """Read an inference request. Errors: HttpError, ClientGone."""
-        request, body = read_decoded(client, request)
-        values = read_object(body)
-        if b"json" not in request.fields.get(b"content-type", b"").lower():
-            request = with_header(request, _AS_JSON)   # curl -d says it is a form
-        if values.get("stream") is True:
-            request = with_header(request, UNCOMPRESSED)
-        return Asked(request, path, target, body, values, drop)
-
-    def _answer_asked(self, client: Client, asked: Asked) -> None:
-        name = self._resolve(asked.request, asked.model, asked.drop, asked.path)
+    def _answer_asked(self, asked: Asked) -> None:
+        name = self._resolve(asked.request, asked.model, asked.path)
         if name == "auto":
-            self._ask_ladder(client, asked)
+            self._ask_ladder(asked)
         elif name:
-            self._ask_named(client, asked, self._snapshot.routes[name])
+            route = self._snapshot.routes[name]
+            self._ask_named(asked, route)
         else:
-            self._check_served(asked.model, PATH_ROLES.get(asked.path, ""))
-            self.behind.pass_on(client, asked.request, asked.body, asked.drop)
+            # A name of the host's or of llama-swap's own; it says itself what it does not know.
+            self._check_served(asked)
+            self.behind.forward(asked.client, asked.request, asked.body)
 
-    def _resolve(self, request: Request, model: object, drop: FrozenSet[bytes],
-                 path: str = "") -> str:
+    def _resolve(self, request: Request, model: object, path: str = "") -> str:
         """As resolve_on_path; "" also for a name that only a pattern takes, and an upstream has."""
         config = self.config
+        behind = self.behind
         name = resolve_on_path(config, path, model)
-        if not (name and self.behind.has_others and isinstance(model, str)):
+        if not name or not behind.has_others:
             return name
-        if is_auto(model) or tier_named(config, model):
+        if not isinstance(model, str) or is_auto(model):
+            return name
+        if tier_named(config, model):
             return name
         # A model that is there comes before a pattern that would send it elsewhere.
         try:
-            entries = self.behind.models(request, drop)["data"]
-            theirs = [entry["id"] for entry in entries]
+            theirs = [entry["id"] for entry in behind.models(request)["data"]]
         except _NO_LISTING:
             return name
         if model in theirs:
             return ""
         return name
 
-    def _check_served(self, model: object, role: str = "") -> None:
+    def _check_served(self, asked: Asked) -> None:
         """Errors: HttpError 404, for a name that nothing behind us may know either."""
         config = self.config
         direct = all(tier.backend == "openai" for tier in config.tiers)
-        if not direct and self.behind.has_others:
+        if self.behind.has_others and not direct:
             return
+        role = PATH_ROLES.get(asked.path, "")
         if role and config.by_role(role) is None:
             raise HttpError(404, f"no tier does this: give one role = {role} in models.ini, with"
                                  " a model made for it, then `llmstack restart`", "not_found")
-        raise unknown_model(config, model)
+        raise unknown_model(config, asked.model)
 
     def requests(self) -> Dict[str, Any]:
         """What is under way, the oldest first."""
-        ongoing = list(self._ongoing.items())
-        return {"requests": [asked.row(number) for number, (_, asked) in ongoing]}
+        rows = []
+        for number, asked in list(self._ongoing.items()):       # a copy: other threads change it
+            rows.append(asked.row(number))
+        return {"requests": rows}
 
-    def _ask_named(self, client: Client, asked: Asked, route: Route) -> None:
+    def _ask_named(self, asked: Asked, route: Route) -> None:
         """Ask the one tier that a request names. Errors: HttpError, ClientGone."""
         facts: Optional[Facts] = None
         if asked.path in _CANONICAL_PATHS:
             try:
-                facts = read_facts(asked.path, asked.values)
+                facts = read_facts(asked.path, asked.values, texts=asked.texts)
+                asked.is_long = facts.most_tokens >= WORTH_LEARNING_TOKENS
             except RecursionError:              # the upstream may take it all the same
                 pass
         name = route.tier.name
-
-        def note(outcome: Outcome) -> None:
-            if facts:
-                self._note(asked, record_row(facts, asked.path, name, outcome), ())
-
-        if route.refused[0]:
-            note(Outcome("refused", route.refused[0]))
-            raise HttpError(*route.refused)
+        status, message, kind = route.refused
+        if status:
+            self._publish(asked, facts, name, Outcome("refused", status))
+            raise HttpError(status, message, kind)
+        # Made in the place of header lines: while the model is at work.
         looks = asked.look_at_prompt if facts else None
         try:
-            outcome = self._ask(client, asked, route, headers=looks)
+            outcome = self._ask(asked, route, headers=looks)
         except ClientGone:
-            note(Outcome("left"))
+            self._publish(asked, facts, name, Outcome("left"))
             raise
-        if outcome.state == "done" and outcome.status < 400:
+        if outcome.answered:
             self._breaker.answered(name)
-        note(outcome)
-        self._finish(client, outcome, f"{asked.path} {name}", route)
+        self._publish(asked, facts, name, outcome)
+        self._finish(asked, outcome, f"{asked.path} {name}", route)
 
-    def _leaving(self, asked: Asked, decision: Decision) -> Leaving:
-        """What a request leaves behind on the tier of its conversation's last turn."""
-        held, old, new = asked.known.held, asked.known.tier, decision.tier
-        tokens = held.get(old, 0)
-        if not tokens or old == new or decision.rung == "fim":
-            return STAYS
-        needed = decision.facts.full_tokens
-        old_pace = self.behind.pace(old, needed)
-        new_pace = self.behind.pace(new, needed)
-        held_there = min(held.get(new, 0), needed)
-        cost_s = leaving_cost(needed, old_pace, tokens, new_pace, held_there)
-        return Leaving(old, tokens, cost_s)
+    def _publish(self, asked: Asked, facts: Optional[Facts], tier: str, outcome: Outcome,
+                 decided: Optional[Mapping[str, Any]] = None) -> None:
+        """Tell the record and those who look on how a request ended; keep its turn.
 
-    def _note_turn(self, asked: Asked, row: Dict[str, Any]) -> None:
-        """Put into a row what its conversation's last turn left of the cache; keep this turn."""
-        known, tier = asked.known, row["tier"]
-        before, now = known.segments, asked.segments
-        if len(now) > len(before) > 0:          # as many messages or fewer: it began anew
-            share, where = same_beginning(before, now)
-            row["same"] = round(share, 3)
-            row["differs"] = where
-            row["held"] = known.held.get(tier, 0)
-            row["client"] = client_named(asked.request.fields)
-        if known.tier not in ("", tier):
-            cost_s = round(asked.leaving.cost_s, 1)
-            row["left"] = {"tier": known.tier, "tokens": known.held[known.tier], "cost_s": cost_s}
-        answered = row["ended"] == "done" and row["status"] < 400
-        if answered and row["truth"] and row["output"]:     # one that only counts holds nothing
-            held = row["truth"] + row["output"]
-            self._conversations.answered(asked.thread, tier, held, now)
-
-    def _note(self, asked: Asked, row: Dict[str, Any], fallbacks: Sequence[str]) -> None:
-        """Keep a request in the decision record, and for those who look on."""
-        self._note_turn(asked, row)
-        total_s = time.monotonic() - asked.began_s
+        `decided`: what `auto` adds to its row. A request that could not be counted has none.
+        """
+        if facts is None:
+            return
+        row = record_row(facts, asked.path, tier, outcome)
+        row.update(decided or {})
+        compare_turns(asked, row)
+        prompt = outcome.counts.prompt
+        output = outcome.counts.output
+        # What has been written is in the cache as well: the next turn brings it back as prompt. An
+        # answer without output has only counted.
+        if outcome.answered and prompt and output:
+            self._conversations.answered(
+                asked.thread,
+                tier,
+                prompt + output,
+                asked.segments,
+            )
+        if outcome.state == "done":
+            self._conversations.learn(asked.conversation, asked.estimate, prompt)
+        wait_s = asked.wait_s
+        total_s = asked.age_s()
         row["conversation"] = self.events.name_of(asked.conversation)
-        row["wait_s"] = round(asked.wait_s, 3)
+        row["wait_s"] = round(wait_s, 3)
+        if asked.load_s:
+            row["load_s"] = round(asked.load_s, 3)
         row["total_s"] = round(total_s, 3)
         row["stream"] = asked.stream
-        if fallbacks:
-            row["fallbacks"] = list(fallbacks)
-        writing_s = total_s - row["wait_s"] - row["first_byte_s"]
-        unsaid = "per_s" not in row and row["output"]
-        if asked.stream and unsaid and writing_s > 0.1:     # in one piece, no rate can be told
-            row["per_s"] = round(row["output"] / writing_s, 1)
-        if self._record is not None:
-            self._record.add(row)
+        # A server that times its answers has said it already.
+        if asked.stream and output and "per_s" not in row:
+            writing_s = total_s - wait_s - outcome.first_byte_s
+            if writing_s > 0.1:                 # else it came in one piece, and tells no rate
+                row["per_s"] = round(output / writing_s, 1)
         self.events.add(row)
 
     def _facts_of(self, asked: Asked, config: Config) -> Facts:
@@ -12398,12 +12859,14 @@ class RouterApp(App):
             facts = read_facts(asked.path, asked.values, triggers, asked.texts)
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply") from None
+        asked.is_long = facts.most_tokens >= WORTH_LEARNING_TOKENS
         if not facts.auto:                      # another name here means it, too
             facts = facts._replace(auto=True)
         if held_by_all(facts, config):
             return facts
-        asked.estimate = class_tokens(asked.texts)
+        # Not its thread's: a conversation's side requests are in the same language.
         ratio = self._conversations.get(asked.conversation).ratio
+        asked.estimate = class_tokens(asked.texts)
         return facts._replace(classes=asked.estimate, ratio=ratio)
 
     def _decide(self, asked: Asked, now: Snapshot) -> Decision:
@@ -12411,108 +12874,138 @@ class RouterApp(App):
         facts = self._facts_of(asked, now.config)
         down = self._breaker.down()
         if now.hosts:
-            down.update(self._offline())
+            down.update(now.offline())
         decision = decide(facts, now.config, down, now.barred)
-        asked.leaving = self._leaving(asked, decision)
-        asked.loop = in_tool_loop(asked.values)
-        return stay_or_go(decision, asked.leaving, asked.loop)
+        leaving = leaving_of(asked.known, decision, self.behind)
+        loop = in_tool_loop(asked.values)
+        asked.leaving = leaving
+        asked.loop = loop
+        return stay_or_go(decision, leaving, loop)
 
-    def _ask_ladder(self, client: Client, asked: Asked) -> None:
+    def _ask_ladder(self, asked: Asked) -> None:
         """Ask the decision's tiers in turn until one answers."""
         now = self._snapshot
         decision = self._decide(asked, now)
-        descent = Descent(asked, decision, now, self._breaker, self._conversations)
-        if now.config.patience_s and decision.facts.full_tokens <= TINY_TOKENS:
+        descent = Descent(
+            asked,
+            decision,
+            snapshot=now,
+            breaker=self._breaker,
+            conversations=self._conversations,
+        )
+        patience_s = now.config.patience_s
+        if patience_s and decision.facts.full_tokens <= TINY_TOKENS:
+            # A title's request need not wait behind a long answer where another tier idles.
             idle = self._idle_beside(decision.chain)
-            descent.prefer(idle)
-            asked.patience_s = now.config.patience_s if idle else 0.0
-        outcome = self._try(client, descent)
+            if idle:
+                descent.prefer(idle)
+                asked.patience_s = patience_s
+        outcome = self._try(descent)
         while descent.settle(outcome):
-            asked.patience_s = 0.0
-            outcome = self._try(client, descent)
-        self._finish_descent(client, descent, outcome)
+            asked.patience_s = 0.0              # it is for the first alone
+            outcome = self._try(descent)
+        self._finish_descent(descent, outcome)
 
-    def _finish_descent(self, client: Client, descent: Descent, outcome: Outcome) -> None:
+    def _finish_descent(self, descent: Descent, outcome: Outcome) -> None:
         """Tell client, log, record and conversation how an `auto` request ended."""
-        asked, decision, reason = descent.asked, descent.decision, descent.reason
+        asked = descent.asked
+        decision = descent.decision
         what = f"auto -> {descent.tier.name}"
-        ms = (time.monotonic() - asked.began_s) * 1000
-        ended = f"{outcome.status or outcome.state} in {ms:,.0f} ms"
+        how = outcome.status or outcome.state
+        ms = asked.age_s() * 1000
+        line = f"{what} [{decision.rung}] {descent.reason}"
+        line += f"; {how} in {ms:,.0f} ms"
         if descent.fallbacks:
-            ended += f"; fell back {', '.join(descent.fallbacks)}"
-        self.log.info(f"{what} [{decision.rung}] {reason}; {ended}")
-        if outcome.state == "done":
-            descent.learn(outcome.counts.prompt)
-        self._note_descent(descent, outcome)
-        self._finish(client, outcome, what, descent.route, descent.headers)
+            line += f"; fell back {', '.join(descent.fallbacks)}"
+        self.log.info(line)
+        self._publish_descent(descent, outcome)
+        self._finish(asked, outcome, what, descent.route, descent.headers)
 
-    def _note_descent(self, descent: Descent, outcome: Outcome) -> None:
-        asked, decision = descent.asked, descent.decision
-        row = record_row(decision.facts, asked.path, descent.tier.name, outcome)
+    def _publish_descent(self, descent: Descent, outcome: Outcome) -> None:
+        asked = descent.asked
+        decision = descent.decision
+        decided: Dict[str, Any] = {}
         if asked.loop:                          # before the reason: replay reads no further
-            row["loop"] = True
-        row["rung"] = decision.rung
-        row["reason"] = descent.reason
-        row["passed_over"] = decision.passed_over
-        self._note(asked, row, descent.fallbacks)
+            decided["loop"] = True
+        decided["rung"] = decision.rung
+        decided["reason"] = descent.reason
+        decided["passed_over"] = decision.passed_over
+        if descent.fallbacks:
+            decided["fallbacks"] = descent.fallbacks
+        self._publish(asked, decision.facts, descent.tier.name, outcome, decided)
 
     def _idle_beside(self, chain: Sequence[Tier]) -> List[Tier]:
         """The loaded tiers with nothing to do, where a chain's first is not one of them."""
-        rows = self.behind.watched().get("models", {})
-        busy = {asked.tier for _, asked in list(self._ongoing.values())}
-        idle = []
-        for tier in chain:
-            state = rows.get(tier.name, {}).get("state")
-            if state == "loaded" and tier.name not in busy:
-                idle.append(tier)
-        own = chain[0]
-        if own in idle or own.backend != "gguf":
+        first = chain[0]
+        if first.backend != "gguf":             # a hosted one is never busy
             return []
-        return idle
+        rows = self.behind.watched().get("models", {})
+        idle = set()
+        for name, row in rows.items():
+            if row["state"] == "loaded":
+                idle.add(name)
+        for asked in list(self._ongoing.values()):
+            idle.discard(asked.tier)
+        if first.name in idle:
+            return []
+        return [tier for tier in chain if tier.name in idle]
 
-    def _try(self, client: Client, descent: Descent) -> Outcome:
+    def _try(self, descent: Descent) -> Outcome:
         """Ask the descent's present tier. Errors: ClientGone."""
-        route, asked = descent.route, descent.asked
-        if route.refused[0]:                    # no other tier holds it
-            status, message, kind = route.refused
-            reply_failure(client, status, message, kind, descent.headers())
+        asked = descent.asked
+        route = descent.route
+        status, message, kind = route.refused
+        if status:                              # no other tier holds it
+            reply_failure(asked.client, status, message, kind, descent.headers())
             return Outcome("refused", status)
         try:
-            return self._ask(client, asked, route, descent.judge, descent.headers)
+            return self._ask(asked, route, descent.judge, descent.headers)
         except ClientGone:
-            ms = (time.monotonic() - asked.began_s) * 1000
-            self.log.info(f"auto -> {descent.tier.name} {descent.decision.reason};"
+            ms = asked.age_s() * 1000
+            self.log.info(f"auto -> {route.tier.name} {descent.reason};"
                           f" the client left after {ms:,.0f} ms")
-            self._note_descent(descent, Outcome("left"))
+            self._publish_descent(descent, Outcome("left"))
             raise
 
-    def _ask(self, client: Client, asked: Asked, route: Route,
+    def _ask(self, asked: Asked, route: Route,
              judge: Optional[Callable[[int, str], bool]] = None,
              headers: Optional[Callable[[], bytes]] = None) -> Outcome:
         """Ask one tier. Errors: ClientGone; HttpError 404 where the engine does not know it."""
-        request, target, drop = asked.request, asked.target, asked.drop
-        tier, by_ladder = route.tier.name, judge is not None
+        client = asked.client
+        request = asked.request
+        target = asked.target
+        tier = route.tier.name
+        by_ladder = judge is not None
         name = route.model
         # What is behind us knows a tier's own names, but not `auto` and names by pattern.
-        if not name and (by_ladder or asked.model not in self._snapshot.routes):
+        is_known = not by_ladder and asked.model in self._snapshot.routes
+        if not name and not is_known:
             name = tier
         pieces = asked.body_for(route, name)
+        # A direct host is asked by the router itself; all other tiers are what is behind us.
         if route.host is None:
             lease = self.behind.lease(tier)
         else:
             lease = Lease(route.host)
             request, target = host_request(request, route, target)
-            drop = frozenset()                  # it has dropped more already
-        asked.tier, asked.lease = tier, lease
+        # For whoever asks meanwhile what this request waits for.
+        asked.tier = tier
+        asked.lease = lease
         first_byte_s = 0.0
-        if by_ladder and route.hosted and asked.stream:
+        # A local model may read a prompt for minutes; a host that is silent so long has trouble.
+        if by_ladder and asked.stream and route.hosted:
             first_byte_s = FIRST_BYTE_S
-        told = asked.stream and asked.translation is None
-        mode = self.config.loading_state
-        waiting = Waiting(client, asked.path, told, lease.stage, mode, headers)
+        waiting = Waiting(
+            client,
+            asked.path,
+            # Clients of Ollama's API know no comments, and no events.
+            stream=asked.stream and asked.translation is None,
+            stage=lease.stage,
+            mode=self.config.loading_state,
+            extra=headers,
+        )
         terms = Terms(
             extra=headers,
-            drop=drop,
             judge=judge,
             waiting=waiting.tell,
             ends=STREAM_ENDS.get(asked.path, ()),
@@ -12522,22 +13015,43 @@ class RouterApp(App):
             patience_s=asked.patience_s,
         )
         try:
-            return ask_lease(client, request, lease, target, pieces, terms, waiting)
+            return ask_lease(
+                client,
+                request,
+                lease,
+                target,
+                pieces,
+                terms,
+                waiting,
+            )
         finally:
             asked.wait_s += waiting.ready_s
+            asked.load_s += lease.load_s
 
-    def _finish(self, client: Client, outcome: Outcome, what: str, route: Route,
+    def _finish(self, asked: Asked, outcome: Outcome, what: str, route: Route,
                 extra: Optional[Callable[[], bytes]] = None) -> None:
         """Say in the log how a request ended, and to the client when nothing has reached it."""
-        if self.log.is_verbose:
-            self.log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
+        log = self.log
+        behind = self.behind
+        if log.is_verbose:
+            log.debug(f"{what}: {outcome.state} {outcome.status} {outcome.detail}")
         if outcome.state == "done":
             return
-        nobody, remedy = self.behind.nobody, self.behind.remedy
+        # `llmstack start` helps where the daemon's own part is missing, not where a host is.
+        nobody = behind.nobody
+        remedy = behind.remedy
         if route.host is not None:
-            nobody, remedy = f"no answer from {route.host.url}", ""
-        lines = extra() if extra else b""
-        tell_failure(client, self.log, what, outcome, nobody, remedy, lines)
+            nobody = f"no answer from {route.host.url}"
+            remedy = ""
+        tell_failure(
+            asked.client,
+            log,
+            what,
+            outcome,
+            nobody,
+            remedy,
+            extra=extra() if extra else b"",
+        )
 
 
 # ==================================================================================================
@@ -13996,6 +14510,8 @@ class Speeds:
 
     def reading(self, identity: str, tokens: int) -> float:
         """Tokens a second of prompts of that size, else of the nearest size known; 0.0: none."""
+        if identity not in self._rows:
+            return 0.0
         return self.get(identity, *_read_names(tokens))
 
     def note_answer(self, identity: str, model: str, counts: Counts) -> None:
@@ -14361,9 +14877,10 @@ class Bay:
             restored = self._restored
         least_bytes = SURE_SIMILARITY * len(body)
         short = [parked for parked in restored if parked.body_bytes < least_bytes]
+        if not short:                           # as nearly always: the body is not read again
+            return
         values = parse_json_object(body)
-        wanted = [parked for parked in short if parked.goes_on_in(values)]
-        if not wanted:
+        if not any(parked.goes_on_in(values) for parked in short):
             return
         task = b'{"prompt": "a", "n_predict": 1, "cache_prompt": false}'
         try:
@@ -14383,10 +14900,13 @@ class Bay:
                 restored = []
         if not body:                            # wants() has told that there is no use in it
             return
+        is_worth = self._is_worth(counts.prompt)
+        if not (is_worth or restored):
+            return
         values = parse_json_object(body)
         self._prove(restored, values, counts)
         turns = len(talk_turns(values))
-        if not turns or not self._is_worth(counts.prompt):
+        if not turns or not is_worth:
             return
         talk = Talk(
             at=time.time(),
@@ -14679,6 +15199,7 @@ class Model:
         self.bay: Optional[Bay] = None          # while it is ready, where it is parked
         self.identity = ""                      # of its last load, see parking_identity
         self.context = 0                        # tokens a conversation, as its last server said
+        self.load_s = 0.0                       # how long its last load took
 
     @property
     def name(self) -> str:
@@ -14755,18 +15276,27 @@ class Ticket(Lease):
     def ready(self) -> bool:
         if not self._engine.try_enter(self):
             return False
+        # Now the model counts this request, and keeps its server until end().
         self._entered = True
-        self.upstream, self.bay = self.model.upstream, self.model.bay
+        model = self.model
+        self.upstream = model.upstream
+        self.bay = model.bay
+        if model.since > self.since:            # it has become ready meanwhile
+            self.load_s = min(model.load_s, model.since - self.since)
         return True
 
     def wait(self, seconds: float) -> None:
         self._engine.wait(seconds)
 
     def stage(self) -> str:
-        return "" if self._entered else self._engine.stage(self)
+        if self._entered:
+            return ""
+        return self._engine.stage(self)
 
     def prompt_read(self) -> float:
-        return self._engine.prompt_read(self.model) if self._entered else 0.0
+        if self._entered:
+            return self._engine.prompt_read(self.model)
+        return 0.0
 
     def end(self) -> None:
         if self._entered:
@@ -15117,8 +15647,8 @@ class Engine:
             model.turn_to("ready")
             model.loads += 1
             model.last_used = model.since
-            took_s = model.since - asked
-            self._log.info(f"{model.name}: ready on port {model.port} after {took_s:.1f} s")
+            model.load_s = model.since - asked
+            self._log.info(f"{model.name}: ready on port {model.port} after {model.load_s:.1f} s")
 
     def pace(self, name: str, tokens: int) -> Pace:
         """What is known of a tier with a prompt of so many tokens."""
@@ -15198,9 +15728,8 @@ class Engine:
             size_bytes = weights_for(model.tier).size_gb * 1e9
             size = size_words(size_bytes) or "size unknown"
             return f"{name} is not downloaded ({size}): llmstack download {name}"
-        tail = "it printed nothing"
-        if file_size(log) > log_bytes:
-            tail = tail_of(log)
+        # What stands before is of a server before.
+        tail = tail_of(log, begin=log_bytes) or "it printed nothing"
         return f"{name}: its server exited with {code} while loading:\n{tail}"
 
     @staticmethod
@@ -15682,7 +16211,7 @@ class EngineApp(Behind):
     def pace(self, name: str, tokens: int) -> Pace:
         return self.engine.pace(name, tokens)
 
-    def models(self, request: Request, drop: FrozenSet[bytes]) -> Dict[str, Any]:
+    def models(self, request: Request) -> Dict[str, Any]:
         entries = []
         config = with_served_contexts(self.engine.config, self.contexts())
         for tier in config.tiers:
@@ -15696,8 +16225,7 @@ class EngineApp(Behind):
             entries += [{**entry, "id": name} for name in tier.names]
         return {"object": "list", "data": entries}
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         """Answer a request about the engine, or ask the model it names. Errors: HttpError."""
         request = canonical_request(request)
         path, mark, query = request.target.partition("?")
@@ -15707,7 +16235,7 @@ class EngineApp(Behind):
         if path.startswith(_UPSTREAM):
             name, _, rest = path[len(_UPSTREAM):].partition("/")
             request = request._replace(target=f"/{rest}{mark}{query}")
-            self._serve(client, request, name, body, drop)
+            self._serve(client, request, name, body)
             return
         name = _asked_in(request.target)
         stream = False
@@ -15725,7 +16253,7 @@ class EngineApp(Behind):
         if body and tier and tier.backend == "litellm":
             pieces = with_model(body, True, tier.name)
             body = b"".join(pieces)
-        self._serve(client, request, name, body, drop, stream)
+        self._serve(client, request, name, body, stream)
 
     def _manage(self, client: Client, request: Request, path: str) -> bool:
         """Answer a route about the engine itself; False for any other."""
@@ -15743,10 +16271,10 @@ class EngineApp(Behind):
             where = f"Location: {self.page_url}\r\n"
             client.reply(307, b"", _PLAIN, where.encode())
         elif path == "/v1/models":
-            listing = self.models(request, frozenset())
+            listing = self.models(request)
             client.reply_json(listing)
         elif path.startswith(_MODELS):
-            listing = self.models(request, frozenset())
+            listing = self.models(request)
             entry = listed_model(listing, path[len(_MODELS):])
             client.reply_json(entry)
         elif path == "/running":
@@ -15771,9 +16299,9 @@ class EngineApp(Behind):
         return True
 
     def _serve(self, client: Client, request: Request, name: str, body: bytes,
-               drop: FrozenSet[bytes], stream: bool = False) -> None:
+               stream: bool = False) -> None:
         lease = self.engine.lease(name)
-        outcome = self.relay_over(lease, client, request, body, drop, stream)
+        outcome = self.relay_over(lease, client, request, body, stream)
         nobody = f"{name}: its server does not answer"
         tell_failure(client, self.log, name, outcome, nobody)
 
@@ -16211,8 +16739,11 @@ class SwapApp(UpstreamApp):
         name = lease.model
         if not lease.is_settled:
             return f"restoring what was parked of {name}"
-        under_way = [other for other in list(self._leases) if other.model == name]
-        earlier = under_way.index(lease)
+        under_way = list(self._leases)
+        if lease not in under_way:              # it has just ended
+            return ""
+        before = under_way[:under_way.index(lease)]
+        earlier = sum(other.model == name for other in before)
         slots = self._capacity.get(name, Capacity()).slots
         # llama-server takes them in the order in which they come, and says nothing before.
         if 0 < slots <= earlier:
@@ -16228,14 +16759,13 @@ class SwapApp(UpstreamApp):
     # ---- paths
 
     def relay_over(self, lease: Lease, client: Client, request: Request, body: bytes,
-                   drop: FrozenSet[bytes], stream: bool) -> Outcome:
-        outcome = super().relay_over(lease, client, request, body, drop, stream)
+                   stream: bool) -> Outcome:
+        outcome = super().relay_over(lease, client, request, body, stream)
         if outcome.state == "rejected" and outcome.status == 404:
             raise no_such_path(request)
         return outcome
 
-    def pass_on(self, client: Client, request: Request, body: bytes,
-                drop: FrozenSet[bytes]) -> None:
+    def forward(self, client: Client, request: Request, body: bytes) -> None:
         # share/guests/park.py asks this before llama-swap stops a model.
         park = "/llmstack/park/"
         if request.method == "POST" and request.target.startswith(park):
@@ -16244,21 +16774,21 @@ class SwapApp(UpstreamApp):
             return
         request = canonical_request(request)
         if request.target.startswith(_MODELS):
-            self._reply_model(client, request, drop)
+            self._reply_model(client, request)
             return
-        super().pass_on(client, request, body, drop)
+        super().forward(client, request, body)
 
     def _park(self, name: str) -> None:
         self._known.discard(name)
         if self._bays is not None:
             self._bays.park(name)
 
-    def _reply_model(self, client: Client, request: Request, drop: FrozenSet[bytes]) -> None:
+    def _reply_model(self, client: Client, request: Request) -> None:
         """The entry of one model, which llama-swap answers for all alone. Errors: HttpError."""
         path, mark, query = request.target.partition("?")
         every = request._replace(target=_MODELS.rstrip("/") + mark + query)
         try:
-            listing = self.models(every, drop)
+            listing = self.models(every)
             entry = listed_model(listing, path[len(_MODELS):])
         except _NO_LISTING:
             raise HttpError(502, self.nobody, "upstream_error") from None
@@ -16938,6 +17468,31 @@ def _environment_of(record: Optional[Record], env: Mapping[str, str]) -> Mapping
     return process_environment(record.pid) or env
 
 
+def running_upstream(places: Places) -> Optional[Upstream]:
+    """The running router of a project, with the key that its daemon wants; None where none is."""
+    record = running_record(places)
+    if record is None:
+        return None
+    upstream = router_upstream(record, places.env)
+    upstream.key = upstream.key or api_key(_environment_of(record, {}))
+    return upstream
+
+
+def held_contexts(places: Places) -> Dict[str, int]:
+    """Tier -> tokens a conversation, as the router of this project says; {} where none runs.
+
+    A loaded server may hold less than models.ini asks of it, and says so to its router alone.
+    """
+    upstream = running_upstream(places)
+    entries = asked_json(upstream, "/v1/models").get("data") if upstream else None
+    if not isinstance(entries, list):
+        return {}
+    found = {}
+    for entry in map(dict_of, entries):
+        found[str(entry.get("id"))] = _quantity(entry.get("context_length"))
+    return found
+
+
 # llama-swap's and the engine's words for the state of LiteLLM's proxy -> a tier's.
 _PROXY_WORDS = {"ready": "loaded", "starting": "loading", "": "cold"}
 
@@ -17089,6 +17644,7 @@ def project_opencode_json(places: Places, config: Config, url: str, local: bool 
     if local:
         channel = pinned_marker(places).channel
         config = true_config(config.on_channel(channel), places)
+        config = with_served_contexts(config, held_contexts(places))
         # The router may be of another terminal, and the key be known there.
         key = key or api_key(_environment_of(read_stack(places), {}))
         if litellm_tiers(config):
@@ -18463,11 +19019,9 @@ def running_router(places: Places) -> Tuple[Upstream, Config]:
     if url:
         remote = fetch_remote(url, places.env)
         return remote.upstream, remote.config
-    record = running_record(places)
-    if record is None:
+    upstream = running_upstream(places)
+    if upstream is None:
         raise UserError("the stack of this project is not running", "run `llmstack start`")
-    upstream = router_upstream(record, places.env)
-    upstream.key = upstream.key or api_key(_environment_of(record, {}))
     return upstream, load_config(places)
 
 

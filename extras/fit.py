@@ -211,7 +211,9 @@ def main(argv: Sequence[str], llmstack: Any) -> Any:
     machine = running_machine(places, config, llmstack) or llmstack.this_machine(config)
     devices = seen_devices(config, places, llmstack) if machine.gpu else []
     fits = llmstack.measure_tiers(config, machine, os.environ, True)
-    fits = [fit for fit in fits if fit.name in chosen]
+    held = llmstack.held_contexts(places)
+    fits = [fit._replace(ctx_size=min(fit.ctx_size, held.get(fit.name) or fit.ctx_size))
+            for fit in fits if fit.name in chosen]
     sets = together_rows(config, fits, machine.budgets_gb, llmstack)
     found = {"budget_gb": machine.budget_gb, "budget_source": machine.source,
              "host_gb": machine.host_gb,

@@ -20,15 +20,111 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from operator import itemgetter
+from bisect import bisect_left
 from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
-# What is read of a line, and of what type that is.
-FIELDS = itemgetter("conversation", "tier", "rung", "tokens", "estimate", "truth", "output",
-                    "turns", "max_tokens", "pictures", "fim", "trigger")
-TYPES = (str, str, str, int, int, int, int, int, int, int, bool, str)
+Fields = Tuple[Any, ...]                        # of a line, as fields_of has them
 Rungs = Dict[str, Dict[str, int]]               # rung -> tier -> requests
+
+# What is read of a line, and of what type that is.
+COUNTED = {"conversation": str, "tier": str, "rung": str, "tokens": int, "estimate": int,
+           "truth": int, "output": int}
+# What decides beside the counts.
+SHAPE = {"turns": int, "max_tokens": int, "pictures": int, "fim": bool, "trigger": str}
+
+MOST_TOKENS = 10 ** 15                          # more is no count, and its cost no number
+
+# A line as far as its reason, as the router writes it; a line of another order is parsed.
+TEXT = r'[^"\\\x00-\x1f]*'
+COUNT = "[0-9]{1,15}"
+NUMBER = "[0-9.e-]{1,25}"
+WRITTEN = re.compile(
+    rf'{{"time":{NUMBER},"conversation":"({TEXT})","path":"{TEXT}","tier":"({TEXT})"'
+    rf',"rung":"({TEXT})","tokens":({COUNT}),"estimate":({COUNT}),"truth":({COUNT})'
+    rf',"ratio":{NUMBER}'
+    rf',("turns":{COUNT},"max_tokens":{COUNT},"pictures":{COUNT},"fim":(?:true|false)'
+    rf',"trigger":"{TEXT}")'
+    rf',"cached":{COUNT},"output":({COUNT}),"ended":"{TEXT}","status":{COUNT}'
+    rf',"first_byte_s":{NUMBER}(?:,"per_s":{NUMBER})?(?:,"drafted":{COUNT},"accepted":{COUNT})?'
+    rf'(?:,"cost":({NUMBER}))?(,"loop":true)?,"reason":')
+DECODER = json.JSONDecoder()
+
+
+def parsed_fields(line: str) -> Fields:
+    """What is read of any line. Errors: ValueError, KeyError, TypeError, RecursionError."""
+    row, _ = DECODER.raw_decode(line)
+    for key, kind in (*COUNTED.items(), *SHAPE.items()):
+        if type(row[key]) is not kind:
+            raise TypeError
+        if kind is int and not 0 <= row[key] <= MOST_TOKENS:
+            raise ValueError
+    counted = [row[key] for key in COUNTED]
+    shape = json.dumps({key: row[key] for key in SHAPE})
+    return (*counted, shape[1:-1], row.get("cost", 0.0), row.get("loop") is True)
+
+
+def fields_of(line: str) -> Fields:
+    """The values of COUNTED, the JSON of SHAPE's members, the cost, and whether amid tool calls.
+
+    100,000 lines take 0.25 s so, of the second that a user waits; parsed as JSON, 0.7 s.
+    Errors: those of parsed_fields.
+    """
+    match = WRITTEN.match(line)
+    if match is None:
+        return parsed_fields(line)
+    conversation, tier, rung, tokens, estimate, truth, shape, output, cost, loop = match.groups()
+    return (conversation, tier, rung, int(tokens), int(estimate), int(truth), int(output),
+            shape, float(cost or 0), loop is not None)
+
+
+class Case:
+    """Requests of which the ladder thinks the same, and where they go."""
+
+    def __init__(self, decision: Any) -> None:
+        self.decision = decision
+        self.rung, self.tier = decision.rung, decision.tier
+        # (stay, last tier, amid its tool calls, at too high a cost) -> the tier that goes on.
+        self.stayed: Dict[Tuple[str, str, bool, bool], str] = {}
+
+
+class Shape:
+    """Requests that differ in their two counts only.
+
+    The ladder compares these with its ceilings and with what each tier holds. All requests between
+    the same two limits are one case.
+    """
+
+    def __init__(self, members: str, llmstack: Any, config: Any) -> None:
+        self._llmstack, self._config = llmstack, config
+        shape = json.loads("{" + members + "}")
+        self._facts = llmstack.Facts(auto=True, model="auto", chars=0, wide=0, extra=0, **shape)
+        routing = config.routing
+        self._ceilings = sorted([routing.high_fidelity_ceiling, routing.mid_fidelity_ceiling])
+        limits = []
+        for tier in config.ladder:
+            limits.append(tier.ctx_size - llmstack.output_reserve(self._facts, tier))
+        self._limits = sorted(limits)
+        self._cases: Dict[Tuple[int, int], Case] = {}   # limits below the two counts -> a case
+
+    def case(self, tokens: int, estimate: int) -> Case:
+        """The case of a request, decided where it is the first of it."""
+        between = bisect_left(self._ceilings, tokens), bisect_left(self._limits, estimate)
+        found = self._cases.get(between)
+        if found is None:
+            # What the ladder knew: sums, without the text they were made from.
+            llmstack, facts = self._llmstack, self._facts
+            classes = max(estimate - facts.pictures * llmstack.PICTURE_TOKENS, 1)
+            chars = tokens * llmstack.CHARS_PER_TOKEN
+            facts = facts._replace(chars=chars, classes=classes)
+            found = Case(llmstack.decide(facts, self._config))
+            self._cases[between] = found
+        return found
+
+
+Last = Tuple[str, int]                          # a conversation's last tier, the tokens it holds
+NOWHERE: Last = ("", 0)                         # that of a first turn
 
 
 class Ledger:
@@ -36,28 +132,21 @@ class Ledger:
 
     def __init__(self, contexts: Dict[str, int]) -> None:
         self.switches = self.read_anew = self.overflows = 0
-        self.tokens: Dict[str, int] = {}        # tier -> of prompts and answers
+        self.last: Dict[str, Last] = {}         # of each conversation
         self._contexts = contexts
-        # Conversation -> the tier that answered last, and the tokens it holds of it.
-        self._last: Dict[str, Tuple[str, int]] = {}
 
-    def last(self, conversation: str) -> Tuple[str, int]:
-        return self._last.get(conversation, ("", 0)) if conversation else ("", 0)
-
-    def add(self, conversation: str, tier: str, prompt: int, output: int) -> None:
-        held = 0
-        if conversation:
-            last = self._last.get(conversation)
-            self._last[conversation] = tier, prompt + output
-            if last is not None and last[0] == tier:
-                held = last[1]
-            elif last is not None:
+    def add(self, conversation: str, last: Last, tier: str, prompt: int, output: int) -> None:
+        last_tier, held = last
+        if tier != last_tier:
+            held = 0
+            if last is not NOWHERE:
                 self.switches += 1
+        if conversation:
+            self.last[conversation] = tier, prompt + output
         if prompt > held:
             self.read_anew += prompt - held
         if prompt > self._contexts.get(tier, prompt):
             self.overflows += 1
-        self.tokens[tier] = self.tokens.get(tier, 0) + prompt + output
 
 
 def sums(ledger: Ledger, cost: float) -> Dict[str, Any]:
@@ -89,76 +178,80 @@ class Replay:
         self._llmstack, self._config = llmstack, config
         self._costs: Dict[str, float] = {}      # tier -> of all its requests that told it
         self._cost_tokens: Dict[str, int] = {}  # tier -> of these requests
+        self._tokens: Dict[str, int] = {}       # tier -> of all requests, as replayed
+        self._shapes: Dict[str, Shape] = {}     # by their members
+        self._paces: Dict[Tuple[str, int], Any] = {}    # tier, bits of the prompt's length -> pace
 
     def take(self, lines: Iterable[str]) -> None:
-        """Decide each line's request again; what is none is counted.
-
-        Most of a line is why it went where it did. Parsing it no further than that takes 0.35 s for
-        100,000 lines, the whole of them 0.95 s; only what has a cost is needed to its end.
-        """
-        decode = json.JSONDecoder().raw_decode
+        """Decide each line's request again; what is none is counted."""
         for line in lines:
-            counts, reason, rest = line.partition(',"reason":')
-            if reason and '"cost":' not in rest:
-                line = counts + "}"
             try:
-                self._add(decode(line)[0])
+                self._add(fields_of(line))
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
                 self.unread += 1
 
-    def _add(self, row: Dict[str, Any]) -> None:
-        fields = FIELDS(row)
-        if tuple(map(type, fields)) != TYPES:
-            raise TypeError
-        (conversation, tier, rung, tokens, estimate, truth, output,
-         turns, max_tokens, pictures, fim, trigger) = fields
+    def _add(self, fields: Fields) -> None:
+        conversation, tier, rung, tokens, estimate, truth, output, shape, cost, loop = fields
         prompt = truth or estimate
-        cost = row.get("cost", 0.0)
         if cost:
             self._costs[tier] = self._costs.get(tier, 0.0) + cost
             self._cost_tokens[tier] = self._cost_tokens.get(tier, 0) + prompt + output
         if rung == "explicit":
             self.named += 1
             return
-        # What the ladder knew: sums, without the text they were made from.
-        llmstack = self._llmstack
-        classes = max(estimate - pictures * llmstack.PICTURE_TOKENS, 1)
-        facts = llmstack.Facts(True, "auto", fim, tokens * llmstack.CHARS_PER_TOKEN, 0, 0,
-                               pictures, turns, max_tokens, trigger, (), classes)
-        decision = llmstack.decide(facts, self._config)
-        self.recorded.add(conversation, tier, prompt, output)
+        if shape not in self._shapes:
+            self._shapes[shape] = Shape(shape, self._llmstack, self._config)
+        case = self._shapes[shape].case(tokens, estimate)
+        last = self.recorded.last.get(conversation, NOWHERE)
+        self.recorded.add(conversation, last, tier, prompt, output)
         for stay, ledger in self.ledgers.items():
-            name = self._stayed(decision, stay, ledger.last(conversation), prompt,
-                                row.get("loop") is True)
-            ledger.add(conversation, name, prompt, output)
+            last = ledger.last.get(conversation, NOWHERE)
+            name: str = case.tier
+            if last[0] != name:
+                name = self._stayed(case, stay, last, prompt, loop)
+            ledger.add(conversation, last, name, prompt, output)
             if ledger is self.replayed:
-                tiers = self.rungs.setdefault(decision.rung, {})
+                tiers = self.rungs.setdefault(case.rung, {})
                 tiers[name] = tiers.get(name, 0) + 1
+                self._tokens[name] = self._tokens.get(name, 0) + prompt + output
         self.rows += 1
         self.cost += cost
 
     def _pace(self, tier: str, tokens: int) -> Any:
-        per_s = self._speeds.reading(self._identities.get(tier, ""), tokens)
-        return self._llmstack.Pace(per_s, loaded=True)
+        """How fast a tier reads, which is the same for all prompts between two powers of 2."""
+        size = tier, tokens.bit_length()
+        pace = self._paces.get(size)
+        if pace is None:
+            per_s = self._speeds.reading(self._identities.get(tier, ""), tokens)
+            pace = self._llmstack.Pace(per_s, loaded=True)
+            self._paces[size] = pace
+        return pace
 
-    def _stayed(self, decision: Any, stay: str, last: Tuple[str, int], prompt: int,
-                loop: bool) -> str:
+    def _stayed(self, case: Case, stay: str, last: Last, prompt: int, loop: bool) -> str:
         """The tier of a request whose conversation's last turn was on another, maybe."""
+        if stay == "no" or last is NOWHERE:
+            return str(case.tier)
         tier, held = last
-        if stay == "no" or tier in ("", decision.tier):
-            return str(decision.tier)
-        old, new = self._pace(tier, prompt), self._pace(decision.tier, prompt)
-        cost_s = self._llmstack.leaving_cost(prompt, old, held, new, 0)
-        leaving = self._llmstack.Leaving(tier, held, cost_s)
-        decision = decision._replace(config=self._configs[stay])
-        return str(self._llmstack.stay_or_go(decision, leaving, loop).tier)
+        cost_s = 0.0
+        if stay == "warm" and not loop:
+            old = self._pace(tier, prompt)
+            new = self._pace(case.tier, prompt)
+            cost_s = self._llmstack.leaving_cost(prompt, old, held, new, 0)
+        kind = stay, tier, loop, cost_s > self._config.routing.stay_s
+        name = case.stayed.get(kind)
+        if name is None:
+            decision = case.decision._replace(config=self._configs[stay])
+            leaving = self._llmstack.Leaving(tier, held, cost_s)
+            name = str(self._llmstack.stay_or_go(decision, leaving, loop).tier)
+            case.stayed[kind] = name
+        return name
 
     def replayed_cost(self) -> Tuple[float, List[str]]:
         """(by what tokens of a tier cost in the record, hosted tiers of which it tells none)."""
         cost = 0.0
         unknown: List[str] = []
         hosted = {tier.name for tier in self._config.tiers if tier.remote}
-        for tier, tokens in self.replayed.tokens.items():
+        for tier, tokens in self._tokens.items():
             if self._cost_tokens.get(tier):
                 cost += tokens * self._costs[tier] / self._cost_tokens[tier]
             elif tier in hosted:

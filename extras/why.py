@@ -36,7 +36,8 @@ def why_config(places: Any, llmstack: Any) -> Any:
         return llmstack.fetch_remote(url, os.environ).config
     config = llmstack.planned_config(places, llmstack.warn)
     config = config.on_channel(llmstack.running_channel(places))
-    return llmstack.true_config(config, places, llmstack.warn)
+    config = llmstack.true_config(config, places, llmstack.warn)
+    return llmstack.with_served_contexts(config, llmstack.held_contexts(places))
 
 
 def read_body(file: str, llmstack: Any) -> Dict[str, Any]:

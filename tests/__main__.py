@@ -180,9 +180,12 @@ def memory_disk() -> str:
 
 
 def at_once(words: list[str]) -> list[str]:
-    """What makes pytest run all tests in two processes, where no file is named and nobody debugs."""
+    """What makes pytest run all tests in processes, where no file is named and nobody debugs.
+
+    Three for two cores: one of them mostly waits, for a model to load or a download to retry.
+    """
     chosen = any(not word.startswith("-") or word in ("-n", "-s", "--pdb") for word in words)
-    return [] if chosen else ["-n", "2", "--dist", "loadgroup"]
+    return [] if chosen else ["-n", "3", "--dist", "loadgroup"]
 
 
 def main() -> int:
@@ -202,6 +205,10 @@ def main() -> int:
                    "LLMSTACK_TEST_PEER": provision_peer(python)}
     if os.environ.get("LLMSTACK_TEST_CLIENTS") == "1":
         environment["LLMSTACK_TEST_CLIENTS"] = provision_clients()
+    # pytest rewrites each file of tests, and where it may not keep what comes out, all of them at
+    # every start of each process.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment["PYTHONPYCACHEPREFIX"] = os.path.join(cache_dir(), "bytecode")
     temporary = memory_disk()
     if temporary:
         environment.setdefault("PYTEST_DEBUG_TEMPROOT", temporary)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,9 +19,43 @@ sys.path.insert(0, str(ROOT))
 
 import llmstack  # noqa: E402
 
-SERVERS = {"real_data", "noise", "smol", "swap"}        # fixtures of tests with model servers
-# What stands in files whose tests bring up stacks, with model servers or with fakes of them.
-STACKS = ('"start"', '"restart"', "open_stage")
+# Below the range that outgoing connections take theirs from, and apart from other processes that
+# run tests: the first of the ports that this one's model servers take.
+FIRST_PORT = 11_000 + os.getpid() % 500 * 40
+# Where the program lies that tests start. It goes when this process ends.
+COMPILED = tempfile.TemporaryDirectory(
+    prefix="llmstack-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
+LAUNCHER = """\
+import marshal
+
+with open({path!r}, "rb") as file:
+    code = marshal.load(file)
+exec(code, globals())
+"""
+
+
+def compiled_program() -> str:
+    """The path of the program as tests start it: with its bytecode, and with ports of its own.
+
+    A script that is run by its path is compiled at every start, and a run of all tests starts it
+    hundreds of times.
+    """
+    directory = Path(COMPILED.name, "compiled")             # which tests/sections.py knows
+    directory.mkdir()
+    for name in ("extras", "models.ini", "share"):
+        (directory / name).symlink_to(ROOT / name)
+    source = (ROOT / "llmstack.py").read_text(encoding="utf-8")
+    here = f"FIRST_SERVER_PORT = {llmstack.FIRST_SERVER_PORT} "
+    assert source.count(here) == 1
+    source = source.replace(here, f"FIRST_SERVER_PORT = {FIRST_PORT} ")
+    code = compile(source, str(ROOT / "llmstack.py"), "exec", dont_inherit=True)
+    bytecode, program = directory / "bytecode", directory / "llmstack.py"
+    bytecode.write_bytes(marshal.dumps(code))
+    program.write_text(LAUNCHER.format(path=str(bytecode)), encoding="utf-8")
+    return str(program)
+
+
+llmstack.PROGRAM = compiled_program()
 
 
 def load_always(monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None:
@@ -32,16 +68,6 @@ def load_always(monkeypatch: pytest.MonkeyPatch, name: str, module: Any) -> None
 def pytest_configure() -> None:
     # In the background of a shell, a run and all its children would ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes, one has all tests that start model servers: these take the first free port."""
-    texts = {path: path.read_text(encoding="utf-8") for path in {item.path for item in items}}
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        text = texts[item.path]
-        if not SERVERS.isdisjoint(fixtures) or any(word in text for word in STACKS):
-            item.add_marker(pytest.mark.xdist_group("servers"))
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +87,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOCALAPPDATA", str(directory / "local"))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)    # Python's own is beside its modules
     monkeypatch.chdir(project)
     return directory
 

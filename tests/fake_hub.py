@@ -83,7 +83,7 @@ class FakeHub(LocalServer):
         self.damaged = False                                # every body has its last byte changed
         self.nonsense = b""                                 # what the API answers instead
         self.ranges = True                                  # without: every body is whole, as through some proxies
-        self.hold_after = 0                                 # bodies wait behind so many bytes...
+        self.hold_after = 0                                 # whole files wait behind so many bytes...
         self.gate = threading.Event()                       # ...until this is set
         self.held = threading.Event()                       # one has come that far
         super().__init__(HubHandler)
@@ -206,8 +206,8 @@ class HubHandler(Handler):
         whole = end
         if hub.cut:
             end = hub.cut.pop(0)
-        hold = hub.hold_after if start < hub.hold_after < end and not hub.gate.is_set() else 0
-        if hold:
+        hold = 0 if asked or hub.gate.is_set() else hub.hold_after
+        if 0 < hold < end:
             self.wfile.write(data[start:hold])
             hub.held.set()
             hub.gate.wait(60)

@@ -17,7 +17,8 @@ from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 COVERAGE = "coverage==7.17.5"
-# The archive that tests build, and the program alone that they copy, are the same files.
+# The archive that tests build, the program with its bytecode that they start, and the program
+# alone that they copy, are the same files.
 SETTINGS = """\
 [run]
 branch = true
@@ -31,6 +32,7 @@ disable_warnings = couldnt-parse
 program =
     {root}
     */llmstack.pyz
+    */compiled
     */alone
 [report]
 ignore_errors = true

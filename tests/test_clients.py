@@ -15,10 +15,9 @@ from typing import Iterator, NamedTuple, Optional
 import pytest
 
 import llmstack
-from tests.conftest import ROOT
 from tests.provider import Asked, Provider, Tool
 
-PROGRAM = str(ROOT / "llmstack.py")
+PROGRAM = llmstack.PROGRAM
 CLIENTS = Path(os.environ.get("LLMSTACK_TEST_CLIENTS", "/nowhere"))
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY")
 KEY = "a-key-of-the-test"

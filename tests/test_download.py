@@ -26,7 +26,7 @@ from tests.test_stack import until
 CHECK = llmstack.load_extra("check")
 SWAP = llmstack.load_extra("install-llama-swap")
 DOWNLOAD = llmstack.load_extra("download")
-PROGRAM = str(Path(llmstack.__file__).resolve())
+PROGRAM = llmstack.PROGRAM
 SECRET = "hf_" + "aB3" * 12
 BIG = b"GGUF" + random.Random(1).randbytes(4_000_000)
 SMALL = b"GGUF" + random.Random(2).randbytes(50_000)

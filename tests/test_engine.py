@@ -23,12 +23,11 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Seque
 import pytest
 
 import llmstack
+from tests.conftest import FIRST_PORT
 from tests.noise_model import render_noise_gguf
 
 FAKE = Path(__file__).with_name("fake_llama_server.py")
 DEADLINE_S = 20.0
-# Below the range that outgoing connections take theirs from, and apart from other runs of this suite.
-FIRST_PORT = 11_000 + os.getpid() % 500 * 40
 ROOT = Path(llmstack.__file__).parent
 
 
@@ -1014,6 +1013,20 @@ def test_the_engine_answers_while_a_command_line_is_being_made(open_stage: OpenS
 COMPLAINT = "main: loading model\nerror: invalid argument: --no-mmap\n"
 
 
+def test_a_request_knows_how_long_it_has_waited_for_a_load(stage: Stage) -> None:
+    loads, finds_it_loaded = stage.engine.lease("code-smart"), None
+    try:
+        wait_for(loads.ready, "the model")
+        assert 0 < loads.load_s <= stage.engine.models["code-smart"].load_s
+        finds_it_loaded = stage.engine.lease("code-smart")
+        assert finds_it_loaded.ready()
+        assert finds_it_loaded.load_s == 0
+    finally:
+        loads.end()
+        if finds_it_loaded:
+            finds_it_loaded.end()
+
+
 @pytest.mark.usefixtures("taciturn")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_load_that_fails_at_once_is_500_with_what_the_server_said(stage: Stage, stream: bool) -> None:
@@ -1031,15 +1044,16 @@ def test_a_load_that_fails_at_once_is_500_with_what_the_server_said(stage: Stage
 
 
 @pytest.mark.usefixtures("taciturn")
-def test_only_what_this_start_has_said_is_quoted(stage: Stage) -> None:
+@pytest.mark.parametrize(("said", "quoted"), [("", "it printed nothing"), ("out of memory\n", "out of memory")])
+def test_only_what_this_start_has_said_is_quoted(stage: Stage, said: str, quoted: str) -> None:
     stage.put("code-smart.fail", COMPLAINT)
     assert stage.call().chat("code-smart").status() == 500
     stage.engine.models["code-smart"].failed_at = -1e9
-    stage.put("code-smart.fail", "")
+    stage.put("code-smart.fail", said)
     wait_for(lambda: stage.states() == {}, "the end of the first")
     status, answer = stage.call().chat("code-smart").answer()
     assert status == 500
-    assert "it printed nothing" in message_of(answer)
+    assert message_of(answer).endswith(f"while loading:\n{quoted}")
 
 
 @pytest.mark.usefixtures("taciturn")

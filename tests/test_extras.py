@@ -37,8 +37,8 @@ def elsewhere(tmp_path: Path) -> Path:
     """A copy of the program with one extra that nobody knows of."""
     directory = tmp_path / "elsewhere with spaces"
     (directory / "extras").mkdir(parents=True)
-    for name in ("llmstack.py", "models.ini"):
-        shutil.copy(ROOT / name, directory / name)
+    shutil.copy(llmstack.PROGRAM, directory / "llmstack.py")
+    shutil.copy(ROOT / "models.ini", directory)
     (directory / "extras" / "well_met.py").write_text(GREETING)
     return directory
 
@@ -71,6 +71,7 @@ def test_an_extra_is_found_by_its_name(elsewhere: Path) -> None:
 
 def test_an_extra_is_found_in_the_zipapp(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (elsewhere / "LICENSE").write_text("")
+    shutil.copy(ROOT / "llmstack.py", elsewhere)
     shutil.copytree(ROOT / "share", elsewhere / "share")
     monkeypatch.setattr(build_zipapp, "ROOT", str(elsewhere))
     build_zipapp.write(str(elsewhere / "x.pyz"), build_zipapp.build())

@@ -114,7 +114,7 @@ def test_a_shell_completes(
     if not program:
         pytest.skip(f"there is no {shell}")
     (home / "llmstack").write_text(
-        f"#!/bin/sh\nexec '{sys.executable}' '{llmstack.__file__}' \"$@\"\n"
+        f"#!/bin/sh\nexec '{sys.executable}' '{llmstack.PROGRAM}' \"$@\"\n"
     )
     (home / "llmstack").chmod(0o755)
     monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")

@@ -65,7 +65,7 @@ def test_a_log_that_never_is(
 
 @pytest.fixture
 def following() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, llmstack.__file__, "logs", "-f", "-n", "1"]
+    command = [sys.executable, llmstack.PROGRAM, "logs", "-f", "-n", "1"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     yield child
     child.send_signal(signal.SIGINT)

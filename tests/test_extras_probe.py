@@ -178,7 +178,7 @@ def places(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> llmstack.Places:
 def write_ini(lines: str) -> None:
     state = Path(".llmstack")
     state.mkdir(exist_ok=True)
-    text = f"[code-fast]\nrole = fast\npath = ../noise.gguf\nctx_size = 4096\n{lines}"
+    text = f"[code-fast]\nrole = fast\npath = ../noise.gguf\nctx_size = 4096\nthreads = 1\n{lines}"
     (state / "models.ini").write_text(text)
     llmstack.trust_project(llmstack.find_places(os.environ), "run")
 

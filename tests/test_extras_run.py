@@ -20,7 +20,7 @@ from tests.test_demo import smol  # noqa: F401  # a fixture
 from tests.test_extras_replay import LADDER
 from tests.test_stack import Project
 
-PROGRAM = str(Path(llmstack.__file__))
+PROGRAM = llmstack.PROGRAM
 
 
 def event(content: str = "", **more: Any) -> bytes:

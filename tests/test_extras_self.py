@@ -23,8 +23,16 @@ def built() -> bytes:
     return build_zipapp.build()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bytecode")
+
+
 @pytest.fixture
-def pyz(built: bytes, tmp_path: Path) -> Path:
+def pyz(built: bytes, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of its own; the bytecode is cached for all of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE")
     path = tmp_path / "a place" / "llmstack.pyz"
     path.parent.mkdir()
     build_zipapp.write(str(path), built)
@@ -91,7 +99,7 @@ def test_the_completion_of_other_shells(
 def test_a_source_tree_gets_a_launcher(bin_dir: Path, tmp_path: Path) -> None:
     source = tmp_path / "src with 'quotes'"
     source.mkdir()
-    shutil.copy(ROOT / "llmstack.py", source)
+    shutil.copy(llmstack.PROGRAM, source)
     for name in ("extras", "share"):
         shutil.copytree(ROOT / name, source / name)
     assert run(source / "llmstack.py", "install", "--dir", str(bin_dir)).returncode == 0

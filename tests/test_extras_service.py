@@ -196,7 +196,7 @@ def children(pid: int) -> list[str]:
 @pytest.fixture
 def service(project: Project) -> Iterator[subprocess.Popen[str]]:
     child = subprocess.Popen(
-        [sys.executable, llmstack.__file__, "service", "run"],
+        [sys.executable, llmstack.PROGRAM, "service", "run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -237,7 +237,7 @@ def test_its_end_is_the_stacks(service: subprocess.Popen[str], project: Project)
 def test_a_broken_models_ini_is_not_tried_again(project: Project) -> None:
     project.write("[broken\n")
     done = subprocess.run(
-        [sys.executable, llmstack.__file__, "service", "run"],
+        [sys.executable, llmstack.PROGRAM, "service", "run"],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -246,7 +246,16 @@ FIRST_ERRORS = {
     "of responses": b'event: response.failed\ndata: {"type":"response.failed","response":'
                     b'{"status":"failed","error":{"code":"server_error","message":"o"}}}\n\n',
     "behind a comment": b': ping\n\ndata: {"error":{"message":"overloaded"}}\n\n',
+    "behind a retry": b'retry: 3000\n\ndata: {"error":{"message":"overloaded"}}\n\n',
+    "behind a ping": b'event: ping\ndata: {"type": "ping"}\n\nevent: error\ndata: {"type":"error","error":{}}\n\n',
+    "behind a beginning": b'event: message_start\ndata: {"type":"message_start","message":{"usage":{"input_tokens":5}}}\n\n'
+                          b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n',
+    "behind two of responses": b'data: {"type":"response.created","response":{"error":null}}\n\n'
+                               b'data: {"type":"response.in_progress"}\n\n'
+                               b'data: {"type":"response.failed","response":{"error":{"code":"server_error"}}}\n\n',
+    "nothing but its end": b"data: [DONE]\n\n",
 }
+PRELUDES = (b'event: ping\ndata: {"type": "ping"}\n\n', b'data: {"type":"response.created"}\n\n', b"retry: 3000\n\n")
 
 
 @pytest.mark.parametrize("event", FIRST_ERRORS.values(), ids=FIRST_ERRORS.keys())
@@ -258,6 +267,25 @@ def test_a_stream_that_begins_with_an_error_is_answered_by_the_next_tier(
     got = rig.ask(chat(stream=True))
     assert got.body == b"".join(EVENTS)
     assert got.header("x-llmstack-fallback").startswith("code-ultra\u2192code-smart (50")
+
+
+@pytest.mark.parametrize("prelude", PRELUDES)
+def test_what_opens_a_stream_is_passed_on_with_the_answer(start: Start, prelude: bytes) -> None:  # noqa: F811
+    rig = start()
+    client = rig.client()
+    client.send(chat(stream=True))
+    up = rig.upstream.next()
+    up.read()
+    up.send(SSE_CHUNKED, b"%x\r\n%b\r\n" % (len(prelude), prelude))
+    up.send(b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in EVENTS) + b"0\r\n\r\n")
+    assert client.read_message().body == prelude + b"".join(EVENTS)
+
+
+def test_a_stream_of_responses_that_says_nothing_falls_back(start: Start) -> None:  # noqa: F811
+    good = SSE_CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(e), e) for e in EVENTS) + b"0\r\n\r\n"
+    rig = start(by_model(code_ultra=SSE_CHUNKED + b"0\r\n\r\n", code_smart=good))
+    got = rig.ask(post({"model": "auto", "input": "hello", "stream": True}, target="/v1/responses"))
+    assert got.header("x-llmstack-fallback").startswith("code-ultra\u2192code-smart (500")
 
 
 def test_a_tier_that_breaks_streams_is_left_alone(start: Start) -> None:  # noqa: F811
@@ -319,6 +347,9 @@ TOO_LONG = {
                1_200_000),
     "LiteLLM": ('{"error":{"message":"litellm.ContextWindowExceededError: AnthropicError - prompt is too'
                 ' long: 204001 tokens > 200000 maximum"}}', 204_001),
+    "TGI": ('{"error":"Input validation error: `inputs` must have less than 1024 tokens. Given: 1045"}', 1_045),
+    "TGI, with room": ('{"error":"`inputs` tokens + `max_new_tokens` must be <= 2048. Given: 1500 `inputs` tokens and'
+                       ' 1000 `max_new_tokens`"}', 1_500),
     "without a number": ('{"error":{"code":"context_length_exceeded"}}', 1),
 }
 
@@ -376,11 +407,13 @@ def test_the_next_turn_is_decided_by_what_was_learned(start: Start) -> None:  # 
     assert "estimated" in other.header("x-llmstack-needs")
 
 
-def test_the_counts_of_an_answer_teach_the_next_turn(start: Start) -> None:  # noqa: F811
+@pytest.mark.parametrize("name", ["auto", "code-ultra"])
+def test_the_counts_of_an_answer_teach_the_next_turn(start: Start, name: str) -> None:  # noqa: F811
     done = b'{"choices":[],"usage":{"prompt_tokens":40000,"completion_tokens":3}}'
     rig = start(by_model(code_ultra=answer(done, "200 OK", "Content-Type: application/json")))
     turn = {"prompt_cache_key": "one", "text": "x1{};," * 5_000}
-    assert rig.ask(chat(**turn)).header("x-llmstack-model") == "code-ultra"
+    assert rig.ask(chat(name, **turn)).status == 200
+    assert asked(rig) == ["code-ultra"]
     wait_for(lambda: rig.app._conversations.get("one").ratio, "the learning")
     assert rig.ask(chat(**turn)).header("x-llmstack-model") == "code-smart"
 

@@ -36,6 +36,8 @@ import litellm_proxy
 import litellm_yaml
 
 KEY = "sk-scripted-0123456789abcdef0123"
+# Each start of the real proxy takes seconds of a processor: one process has all its tests.
+pytestmark = pytest.mark.xdist_group("litellm")
 
 # ---- what is written
 
@@ -660,6 +662,7 @@ engine = {engine}
 router_port = {self.router}
 engine_port = {self.engine_port}
 litellm_port = {self.litellm}
+threads = 1
 
 [code-ultra]
 role = ultra
@@ -699,7 +702,7 @@ router_settings: {{disable_cooldowns: true, num_retries: 0}}
                     "LLMSTACK_WORK_DIR": str(directory / "project"), "DATABASE_URL": "postgresql://x:y@127.0.0.1:9/z"}
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(ROOT / "llmstack.py"), *words], env=self.env, text=True, timeout=120,
+        return subprocess.run([sys.executable, llmstack.PROGRAM, *words], env=self.env, text=True, timeout=120,
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
 
     def status(self) -> dict[str, Any]:

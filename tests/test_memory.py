@@ -341,6 +341,34 @@ def test_every_command_says_the_same_context(project: Any, capsys: pytest.Captur
     assert "No tier holds 17,264 tokens (estimated)" in capsys.readouterr().out
 
 
+def test_every_command_says_what_a_running_server_holds(
+        project: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    places = project()
+    monkeypatch.setattr(llmstack, "held_contexts", lambda places: {"auto": 4096, "t": 4096})
+    llmstack.main(["fit", "--json"])
+    assert json.loads(capsys.readouterr().out)["tiers"][0]["ctx_size"] == 4096
+    assert llmstack.main(["install", "--print"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    limits = [m["limit"]["context"] for p in printed["provider"].values() for m in p["models"].values()]
+    assert set(limits) == {4096}
+    assert llmstack.load_extra("why").why_config(places, llmstack).tiers[0].ctx_size == 4096
+
+
+@pytest.mark.parametrize(("told", "held"), [
+    ({"data": [{"id": "t", "context_length": 4096}, {"id": "u"}, 5]}, {"t": 4096, "u": 0, "None": 0}),
+    ({"data": "nonsense"}, {}),
+    ({}, {}),
+])
+def test_what_a_router_says_of_contexts_is_looked_at_first(
+        told: Any, held: Any, project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = project()
+    monkeypatch.setattr(llmstack, "running_upstream", lambda places: llmstack.Upstream("127.0.0.1", 9))
+    monkeypatch.setattr(llmstack, "asked_json", lambda upstream, path: told)
+    assert llmstack.held_contexts(places) == held
+    monkeypatch.setattr(llmstack, "running_upstream", lambda places: None)
+    assert llmstack.held_contexts(places) == {}
+
+
 def test_a_quantised_v_without_flash_attention_is_refused_by_line() -> None:
     text = "[DEFAULT]\nflash_attn = off\n{}[t]\nrole = fast\npath = x\n"
     with pytest.raises(llmstack.ConfigError, match=r"models.ini:2: flash_attn = off and cache_type_v = q8_0"):

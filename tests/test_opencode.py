@@ -218,17 +218,22 @@ def test_the_planner_is_on_plan_and_writes_nothing(serve: Callable[..., OpenAI])
 
 
 @pytest.mark.parametrize("agent", ["plan", "plan-nofilter"])
-@pytest.mark.parametrize("helper", ["general", "explore"])
-def test_a_planner_changes_nothing_through_another_agent(agent: str, helper: str, serve: Callable[..., OpenAI]) -> None:
-    """The built-in agents that it could hand a task to run commands, whatever the planner itself is denied."""
-    target = Path.cwd() / "hello.txt"
+def test_a_planner_changes_nothing_through_another_agent(agent: str, serve: Callable[..., OpenAI]) -> None:
+    """The built-in agents that it could hand a task to run commands, whatever the planner itself is denied.
+
+    It asks each of them in turn, and whoever answers that tries to run a command.
+    """
+    turns: list[Callable[[Any], list[Say]]] = []
+    for helper in ("general", "explore"):
+        task = call("task", description="a file", prompt="make it", subagent_type=helper)
+        touch = call("bash", command=f"touch {Path.cwd() / helper}", description="makes it")
+        turns += [lambda _, said=said: said for said in (task, touch, touch)]  # type: ignore[misc]
     upstream = serve(LADDER + "[plan-uncensored]\nrole = plan-uncensored\nmodel = x/y\nctx_size = 64k\n",
-                     lambda _: call("task", description="a file", prompt="make it", subagent_type=helper),
-                     *[lambda _: call("bash", command=f"touch {target}", description="makes it")] * 2,
-                     *[lambda _: ["only a plan", STOP]] * 3)
+                     *turns, *[lambda _: ["only a plan", STOP]] * 6)
     opencode("run", "--format", "json", "--agent", agent, "hello.txt", LLMSTACK_API_KEY=KEY)
-    assert not target.exists()
-    assert len(upstream.asked) > 2
+    assert not Path("general").exists()
+    assert not Path("explore").exists()
+    assert len(upstream.asked) > 6
 
 
 def test_a_long_file_steps_down_and_troubles_are_survived(serve: Callable[..., OpenAI]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import llmstack
 from tests.noise_model import render_noise_gguf
 
-SETTINGS = "ctx_size = 4096\nn_gpu_layers = 0\nparallel = 2\n"
+SETTINGS = "ctx_size = 4096\nn_gpu_layers = 0\nparallel = 2\nthreads = 1\n"
 
 
 @pytest.fixture

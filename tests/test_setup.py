@@ -110,7 +110,7 @@ def test_from_an_empty_home_to_answers_through_auto(engine: str, model_hub: Fake
     model_hub.repos["me/small-GGUF"] = {"small.gguf": render_noise_gguf(5), "queued.gguf": render_noise_gguf(6)}
     ini = Path(".llmstack/models.ini")
     ini.parent.mkdir()
-    ini.write_text(f"[DEFAULT]\nengine = {engine}\nrouter_port = {router}\nengine_port = {port}\nn_gpu_layers = 0\n"
+    ini.write_text(f"[DEFAULT]\nengine = {engine}\nrouter_port = {router}\nengine_port = {port}\nn_gpu_layers = 0\nthreads = 1\n"
                    "[small]\nrole = agent\nhf_repo = me/small-GGUF\nhf_file = small.gguf\nhf_file_next = queued.gguf\n"
                    "ctx_size = 4096\nsize_gb = 0.1\n")
     if engine == "llama-swap":

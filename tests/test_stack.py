@@ -21,7 +21,7 @@ import llmstack
 from tests.noise_model import render_noise_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = str(ROOT / "llmstack.py")
+PROGRAM = llmstack.PROGRAM
 NO_MODELS = "[hosted]\nrole = agent\nmodel = provider/some-model\n"
 
 
@@ -67,7 +67,9 @@ class Project:
         self.directory = Path.cwd()
         self.state = self.directory / ".llmstack"
         self.router_port, self.engine_port = free_ports(2)
-        self.defaults = f"[DEFAULT]\nengine = {engine}\nrouter_port = {self.router_port}\nengine_port = {self.engine_port}\n"
+        # Two threads would only wait for each other at models as small as the tests' own.
+        self.defaults = (f"[DEFAULT]\nengine = {engine}\nthreads = 1\n"
+                         f"router_port = {self.router_port}\nengine_port = {self.engine_port}\n")
         self.write(tiers)
 
     def write(self, tiers: str) -> None:
@@ -307,7 +309,8 @@ def test_restart_with_a_broken_file_stops_nothing(project: Project, capsys: pyte
     llmstack.main(["start"])
     project.write("[broken\n")
     assert llmstack.main(["restart"]) == 2
-    assert "models.ini:5:" in capsys.readouterr().err
+    line = project.defaults.count("\n") + 1
+    assert f"models.ini:{line}:" in capsys.readouterr().err
     assert get(f"http://127.0.0.1:{project.router_port}/models.ini")[0] == 200
 
 

@@ -344,6 +344,7 @@ def test_who_finds_no_place_in_a_loaded_model_is_told(start: Start) -> None:
     first.end()
     assert second.stage() == ""
     second.end()
+    assert second.stage() == "", "who looks on may ask a moment too late"
 
 
 def test_loading_state_holds_on_the_engine_s_port_too(start: Start) -> None:
