@@ -9691,7 +9691,7 @@ class Terms(NamedTuple):
     waiting: Optional[Callable[[], None]] = None        # called while nothing has come yet
     ends: Sequence[bytes] = ()                          # what the end of an event stream holds
     first_byte_s: float = 0.0                           # longest silence before it, 0: any
-    # Called when the answer goes on: no other is asked.
+    # Called when the answer has begun to go on: no other is asked.
     began: Optional[Callable[[], None]] = None
     translation: Optional[Translation] = None           # the shape in which the client gets it
     # Longest wait in all for the first byte, 0: any.
@@ -10156,21 +10156,26 @@ class _Relay:
             raise
 
     def _send_answer(self, answer: _Answer, receiver: _Receiver, payload: bytes) -> None:
-        client, out = self._client, b""
-        if not client.opened:
-            out = _response_head(answer.response, client, self._lines, answer.chunked)
+        head = b""
+        if not self._client.opened:
+            head = _response_head(answer.response, self._client, self._lines, answer.chunked)
+        self._send_piece(answer, payload, head)
+        if self._terms.began is not None:       # behind the first words: nobody waits for it
+            self._terms.began()
         while not answer.ended:
-            out += answer.frame(payload)
-            if out:
-                client.send(out)
-            out = b""
             data = receiver.receive()
             if not data:
                 self._end_at_close(answer)
                 return
-            payload = answer.feed(data)
-        broken = answer.why_broken()
-        client.send(out + answer.frame(payload, last=not broken))
+            self._send_piece(answer, answer.feed(data))
+
+    def _send_piece(self, answer: _Answer, payload: bytes, head: bytes = b"") -> None:
+        """Send the next bytes of an answer. Errors: UpstreamBroken, where they are a broken end."""
+        broken = answer.why_broken() if answer.ended else ""
+        is_last = answer.ended and not broken
+        out = head + answer.frame(payload, is_last)
+        if out:
+            self._client.send(out)
         if broken:
             raise UpstreamBroken(broken)
 
@@ -10263,8 +10268,6 @@ class _Relay:
         self._began = True                      # what fails from here on is broken, not unreachable
         self._first_byte_s = time.monotonic() - self._started_s
         self._pieces.clear()                    # a prompt is not held while its answer streams
-        if self._terms.began is not None:
-            self._terms.began()
 
 
 def relay(client: Client, request: Request, upstream: Upstream, target: str, body: List[bytes],
@@ -11964,7 +11967,7 @@ class Asked:
     patience_s = 0.0                            # how long its first tier may keep it waiting
     place: Optional[Tuple[int, int]] = None     # of the model's name; None: find it in JSON
     known = NEW_CONVERSATION                    # by the answers to its earlier turns
-    segments: Segments = ()                     # of its prompt, once its model is at work
+    segments: Segments = ()                     # of its prompt, once its answer has begun
     estimate = 0                                # its tokens by class_tokens, 0: not asked yet
     is_long = False                             # enough for its answer to teach a ratio
     loop = False                                # it brings back what a tool has said
@@ -11987,17 +11990,11 @@ class Asked:
     def age_s(self) -> float:
         return time.monotonic() - self.began_s
 
-    def look_at_prompt(self) -> bytes:
-        """Take the prompt's digests and its estimate, while its model is at work.
-
-        Both are compared with what comes. No header comes of it.
-        """
-        if not self.segments and self.thread:
-            self.segments = prompt_segments(self.values)
-        if self.texts and not self.estimate and self.is_long:
+    def estimated(self) -> int:
+        """The prompt's tokens by class_tokens, which its answer's are compared with; 0: too few."""
+        if self.is_long and not self.estimate:
             self.estimate = class_tokens(self.texts)
-        self.texts = []
-        return b""
+        return self.estimate
 
     def body_for(self, route: Route, name: str) -> List[bytes]:
         """The body as the tier of a route gets it, `name` for its model where that is one."""
@@ -12010,7 +12007,13 @@ class Asked:
         return [body[:start], name.encode(), body[end:]]
 
     def release(self) -> None:
-        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes."""
+        """Let go of the body: 200 streams of 200 kB prompts would hold a hundred megabytes.
+
+        What its answer and the next turn are compared with stays: an estimate and digests.
+        """
+        self.estimated()
+        if self.thread:
+            self.segments = prompt_segments(self.values)
         self.body = b""
         self.values = {}
         self.texts = []
@@ -12115,11 +12118,9 @@ class Descent:
 
     def headers(self) -> bytes:
         """The lines that an answer of the present tier gets, made while the model is at work."""
-        asked = self.asked
-        asked.look_at_prompt()
         name = self.tier.name
         lines = decision_headers(self.decision, name, self.fallbacks, self.reason)
-        return lines + leaving_header(asked.leaving, name)
+        return lines + leaving_header(self.asked.leaving, name)
 
     def judge(self, status: int, text: str) -> bool:
         """Whether an error is to be answered by another tier; whose fault it was is kept."""
@@ -12129,7 +12130,8 @@ class Descent:
         # Too long: to a tier that holds it. A picture: to one that takes it. Any other fault of the
         # request's own would be the next tier's answer, too.
         if need:
-            self._conversations.learn(self.asked.conversation, self.asked.estimate, need)
+            asked = self.asked
+            self._conversations.learn(asked.conversation, asked.estimated(), need)
             self._left = self._holding(need)
         elif own and pictures_refused(text):
             self._left = [tier for tier in self._left if tier.takes_pictures]
@@ -12796,15 +12798,15 @@ class RouterApp(App):
                 asked.is_long = facts.most_tokens >= WORTH_LEARNING_TOKENS
             except RecursionError:              # the upstream may take it all the same
                 pass
+        if facts is None:                       # nothing is kept of what cannot be counted
+            asked.thread = ""
         name = route.tier.name
         status, message, kind = route.refused
         if status:
             self._publish(asked, facts, name, Outcome("refused", status))
             raise HttpError(status, message, kind)
-        # Made in the place of header lines: while the model is at work.
-        looks = asked.look_at_prompt if facts else None
         try:
-            outcome = self._ask(asked, route, headers=looks)
+            outcome = self._ask(asked, route)
         except ClientGone:
             self._publish(asked, facts, name, Outcome("left"))
             raise
