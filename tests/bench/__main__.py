@@ -141,7 +141,7 @@ class Goal(NamedTuple):
 
 
 GOALS = (
-    Goal("added latency, one at a time", "added_ms", NGINX, True, 1.5, "x nginx"),
+    Goal("added latency, one at a time", "added_ms", NGINX, True, 2.0, "x nginx"),
     Goal("16 at a time, requests/s", "requests", NGINX, False, 0.4, "x nginx"),
     Goal("16 streams, events/s", "events", NGINX, False, 0.8, "x nginx"),
     Goal("64 live streams, first event", "live_first_ms", NGINX, True, 3.0, "x nginx"),
