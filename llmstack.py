@@ -191,6 +191,7 @@ RECV_BYTES = 16_384                 # every stream holds such a buffer while it 
 PATIENCE_MS = 50
 ACCEPT_S = 1.0                     # between two looks whether a server is to end
 REST_S = 10.0                      # that a thread waits for its next connection
+MOST_RESTING = 8                   # at once
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
 # So much of a stream is held back to see whether it begins with an error.
@@ -10492,7 +10493,8 @@ class Server:
         import queue
         client: Optional[Client] = None
         with self._lock:
-            if self._stopping:
+            # Each holds a quarter of a megabyte that malloc keeps for its thread.
+            if self._stopping or self._resting >= MOST_RESTING:
                 return None
             self._resting += 1
         try:
@@ -10502,6 +10504,7 @@ class Server:
                 is_over = self._resting > 0
                 if is_over:
                     self._resting -= 1
+                    self._used = True           # what it held can be returned
             if not is_over:                     # in that very moment one was handed over
                 client = self._handed.get()
         return client
