@@ -190,8 +190,6 @@ RECV_BYTES = 16_384                 # every stream holds such a buffer while it 
 # How long a silent upstream goes before its client is looked at again.
 PATIENCE_MS = 50
 ACCEPT_S = 1.0                     # between two looks whether a server is to end
-REST_S = 10.0                      # that a thread waits for its next connection
-MOST_RESTING = 8                   # at once
 LOOK_S = 0.1                       # and at least so often, however steadily an upstream trickles
 MAX_INTERIM = 16                   # answers of 100 to 199 before the one that counts
 # So much of a stream is held back to see whether it begins with an error.
@@ -10346,19 +10344,14 @@ class Server:
     """Listens, and answers each connection on a thread of its own. Errors: OSError.
 
     Not socketserver's: that polls beside accept(), and calls its housekeeping at each connection.
-    A thread whose connection has ended rests for a while: to make a new one takes 80 us, as half
-    a request does.
     """
 
     def __init__(self, host: str, port: int, app: App, *, most: int = MAX_CONNECTIONS,
                  head_timeout_s: float = HEAD_TIMEOUT_S) -> None:
-        import queue
         self._app, self._most, self._head_timeout_s = app, most, head_timeout_s
         self._core = core_here()                # that its connections' threads keep to
         self._lock = threading.Lock()
         self._clients: Set[Client] = set()      # whose threads run
-        self._resting = 0                       # threads without a connection...
-        self._handed: Any = queue.SimpleQueue()         # ...which get one here; None: it is over
         self._refused: List[Client] = []        # told why, and closed a little later
         self._stopping = False
         self._used = True                       # since memory was returned: the start, a client
@@ -10419,10 +10412,6 @@ class Server:
 
     def server_close(self) -> None:
         self._socket.close()
-        with self._lock:
-            resting, self._resting = self._resting, 0
-        for _ in range(resting):
-            self._handed.put(None)
         self._close_refused()
 
     def _accept(self) -> None:
@@ -10442,7 +10431,7 @@ class Server:
             self._refuse(client, f"{self._most} connections are open already")
             return
         try:
-            self._hand_over(client)
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
         except (RuntimeError, MemoryError):
             self._leave(client)
             self._refuse(client, "no more threads are to be had")
@@ -10468,46 +10457,11 @@ class Server:
         oldest.give_way()
         return True
 
-    def _hand_over(self, client: Client) -> None:
-        """Have a connection answered. Errors: RuntimeError, MemoryError where no thread is left."""
-        with self._lock:
-            rests = self._resting > 0
-            if rests:                           # that one is now to take it, come what may
-                self._resting -= 1
-        if rests:
-            self._handed.put(client)
-        else:
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: Optional[Client]) -> None:
-        """A thread's whole life: its connections, until none has come for a while."""
-        while client is not None:
-            try:
-                serve_connection(client, self._app)
-            finally:
-                self._leave(client)
-            client = self._rest()
-
-    def _rest(self) -> Optional[Client]:
-        """The thread's next connection, None for none."""
-        import queue
-        client: Optional[Client] = None
-        with self._lock:
-            # Each holds a quarter of a megabyte that malloc keeps for its thread.
-            if self._stopping or self._resting >= MOST_RESTING:
-                return None
-            self._resting += 1
+    def _serve(self, client: Client) -> None:
         try:
-            client = self._handed.get(timeout=REST_S)
-        except queue.Empty:
-            with self._lock:
-                is_over = self._resting > 0
-                if is_over:
-                    self._resting -= 1
-                    self._used = True           # what it held can be returned
-            if not is_over:                     # in that very moment one was handed over
-                client = self._handed.get()
-        return client
+            serve_connection(client, self._app)
+        finally:
+            self._leave(client)
 
     def _leave(self, client: Client) -> None:
         with self._lock:

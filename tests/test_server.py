@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import random
 import socket
 import threading
 import time
-from typing import Any, Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import pytest
 
 import llmstack
 from llmstack import ChunkFraming, HttpError, chunk, head_end, parse_request_head, parse_response_head
 from tests.scripted import WAIT_S, ScriptedUpstream, Wire, always, wait
-from tests.test_stack import until
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 PUT = b"PUT / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
@@ -45,10 +43,8 @@ class TestApp(llmstack.App):
         self.let_go = threading.Event()         # ...until this
         self.flooded = threading.Event()        # a /flood ended
         self.cores: set[int] = set()            # that answered last
-        self.threads: set[int] = set()          # that have answered
 
     def answer(self, client: llmstack.Client, request: llmstack.Request) -> None:
-        self.threads.add(threading.get_ident())
         if hasattr(os, "sched_getaffinity"):
             self.cores = set(os.sched_getaffinity(0))
         if request.target == "/flood":
@@ -201,57 +197,6 @@ def test_without_threads_everybody_gets_a_503(start: Start, monkeypatch: pytest.
     assert {got.json["error"]["message"] for got in answers} == {"no more threads are to be had"}
     assert all(client.ended() for client in clients)
     assert status_of(rig.client(GET)) == 200, "their places are free again"
-
-
-def ask_and_leave(rig: Rig) -> None:
-    """One request over a connection of its own, whose thread rests when this returns."""
-    client = rig.client(GET)
-    assert status_of(client) == 200
-    client.close()
-    until(lambda: not rig.server.connections() and rig.server._resting, "the thread's rest")
-
-
-def test_a_thread_answers_one_connection_after_another(start: Start) -> None:
-    rig = start()
-    for _ in range(5):
-        ask_and_leave(rig)
-    assert len(rig.app.threads) == 1
-
-
-def test_threads_that_have_nothing_to_do_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmstack, "REST_S", 0.01)
-    rig = start()
-    assert status_of(rig.client(GET)) == 200
-    rig._clients[0].close()
-    until(lambda: not rig.server._resting and threading.active_count() <= len(rig._others) + 2, "the thread's end")
-    assert status_of(rig.client(GET)) == 200
-
-
-class LateQueue:
-    """Gives nothing in time, although something is there: the moment in which both happen."""
-
-    def __init__(self) -> None:
-        self.item: Any = None
-        self.there = threading.Event()
-
-    def put(self, item: Any) -> None:
-        self.item = item
-        self.there.set()
-
-    def get(self, timeout: float = 0.0) -> Any:
-        wait(self.there)
-        if timeout:
-            raise queue.Empty
-        return self.item
-
-
-def test_a_connection_is_answered_by_the_thread_that_was_about_to_end(start: Start) -> None:
-    rig = start()
-    rig.server._handed = LateQueue()
-    ask_and_leave(rig)
-    assert status_of(rig.client(GET)) == 200
-    assert len(rig.app.threads) == 1
-    rig.server._handed.there.clear()
 
 
 def test_housekeeping_is_not_done_at_every_connection(start: Start) -> None:
