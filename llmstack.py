@@ -9977,7 +9977,7 @@ class _Answer:
 # An event that is no comment, whole.
 _EVENT = re.compile(
     rb"(?:\A|(?<=\n))[ \t]*((?:data|event|id|retry)[^\r\n]*(?:\r?\n[^\r\n]+)*)\r?\n\r?\n")
-# What may stand before a word of the model's, in the streams of Anthropic and of OpenAI's responses.
+# What may stand before a word of the model's, in Anthropic's streams and OpenAI's responses.
 _PRELUDE = re.compile(
     rb'"type"\s*:\s*"(?:ping|message_start|response\.(?:created|queued|in_progress))"')
 _EVENT_JSON = re.compile(rb"(?:\A|\n)data:[ \t]*(\{.*)")
@@ -15327,7 +15327,7 @@ class Capacity(NamedTuple):
 
 
 def told_capacity(tier: Tier, server: Upstream, log: Log) -> Capacity:
-    """What a ready server says of itself: slots may share what ctx_size says, or fewer tokens fit."""
+    """What a ready server says of itself: slots may share ctx_size, or fewer tokens fit."""
     told = asked_json(server, "/props")
     settings = dict_of(told.get("default_generation_settings"))
     tokens = _quantity(settings.get("n_ctx"))
